@@ -1,0 +1,1 @@
+"""Frameworks: each module converts, calls and saves, and holds no maths."""

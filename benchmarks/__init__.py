@@ -1,0 +1,1 @@
+"""Benchmarks: what each loss costs, against its floor and its peers."""

@@ -1,0 +1,131 @@
+"""The two pictures of a demo: how the training went, and what the loss saw in one utterance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no window, so that a machine without a screen will do
+import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+# From the Okabe-Ito palette, which colour-blind readers tell apart.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
+
+
+def learning_curve(
+    path: Path, losses: list[float], evaluated_steps: list[int], error_rates: list[float], target: float
+) -> None:
+    """Draw the training loss of every step and the held-out character error rate, both on log scales."""
+    with plt.rc_context(STYLE):
+        figure, left = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        right = left.twinx()
+        steps = np.arange(1, len(losses) + 1)
+        left.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1, label="loss of each step")
+        left.plot(steps, _moving_mean(losses, 20), color=BLUE, linewidth=2, label="loss, mean of 20 steps")
+        right.plot(evaluated_steps, [100 * rate for rate in error_rates], "o-", color=VERMILION, linewidth=2, label="error rate")
+        right.axhline(100 * target, color=VERMILION, linestyle=":", linewidth=1.5)
+        right.annotate(
+            f"{100 * target:g} %", (0, 100 * target), (3, 3), textcoords="offset points", color=VERMILION
+        )
+        left.set(xlabel="training step", ylabel="training loss (nats per utterance)", yscale="log", xlim=(0, len(losses)))
+        right.set(ylabel="held-out character error rate (%)", yscale="log")
+        right.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_major_formatter("{x:g}")
+        for axes, colour, side in ((left, BLUE, "left"), (right, VERMILION, "right")):
+            axes.yaxis.label.set_color(colour)
+            axes.tick_params(axis="y", colors=colour)
+            right.spines[side].set(color=colour, visible=True)
+        figure.legend(loc="upper right", bbox_to_anchor=(1, 1), bbox_transform=left.transAxes, frameon=False)
+        left.set_title("Spoken numbers: training loss, and errors on speakers never heard in training")
+        _save(figure, path)
+
+
+def lattice(
+    path: Path,
+    text: str,
+    features: np.ndarray,
+    feature_period: float,
+    word_starts: np.ndarray,
+    occupancy: np.ndarray,
+    frame_period: float,
+    alignment: np.ndarray,
+) -> None:
+    """Draw an utterance over the lattice of its loss.
+
+    Parameters
+    ----------
+    path : Path
+    text : str
+        U characters.
+    features : ndarray (frames, mel bins)
+    feature_period : float
+        Seconds.
+    word_starts : ndarray
+        Seconds.
+    occupancy : ndarray (T, U + 1)
+        Probability that a path passes each cell.
+    frame_period : float
+        Seconds of the T frames.
+    alignment : ndarray (U,) of int
+        Frame of each character on the best path.
+    """
+    frames, positions = occupancy.shape
+    seconds = max(frames * frame_period, len(features) * feature_period)
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(
+            2, 1, sharex=True, figsize=(9, 9), height_ratios=(1, 3), layout="constrained"
+        )
+        # Floored, or digital silence would take most of the colours.
+        above.imshow(
+            np.maximum(features, np.percentile(features, 5)).T, origin="lower", aspect="auto", cmap="Greys",
+            extent=(0, len(features) * feature_period, 0, features.shape[1]),
+        )  # fmt: skip
+        for word, start in zip(text.split(), word_starts):
+            above.axvline(start, color=VERMILION, linewidth=1)
+            above.annotate(
+                word, (start, 1), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+                rotation=35, color=VERMILION, fontsize=10,
+            )  # fmt: skip
+        above.set_ylabel("mel bin")
+        figure.suptitle("What the loss saw: where each character may be, and where it is most likely")
+
+        cells = below.imshow(
+            np.ma.masked_less(occupancy.T, 1e-6), origin="lower", aspect="auto", cmap="viridis", norm=LogNorm(1e-6, 1),
+            extent=(0, frames * frame_period, -0.5, positions - 0.5), interpolation="nearest",
+        )  # fmt: skip
+        times, heights = _staircase(alignment, frames)
+        below.plot(times * frame_period, heights, color=VERMILION, linewidth=2, label="best alignment")
+        below.set_yticks(range(positions), ["start", *text.replace(" ", "␣")], fontsize=8)
+        below.set(xlabel="time (s)", ylabel="last character emitted", xlim=(0, seconds))
+        below.legend(loc="upper left", frameon=False)
+        bar = figure.colorbar(cells, ax=below, shrink=0.8, pad=0.01)
+        bar.set_label("probability that a path passes the cell (white: under 1e-6)")
+        _save(figure, path)
+
+
+def _staircase(alignment: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of a path through the lattice: frames, and characters emitted by then."""
+    corners = [(0.5, 0)]
+    for position, frame in enumerate(alignment):
+        corners += [(frame + 0.5, position), (frame + 0.5, position + 1)]
+    corners.append((frames - 0.5, len(alignment)))
+    times, heights = np.array(corners).T
+    return times, heights
+
+
+def _moving_mean(values: list[float], width: int) -> np.ndarray:
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

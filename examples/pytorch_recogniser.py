@@ -1,0 +1,397 @@
+"""Train a small streaming recogniser of spoken numbers, and look into its loss.
+
+The joint network is fused into the loss: the model only ever makes an encoding per frame and one per character;
+the logits of every (frame, character) pair are never held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import time
+import tracemalloc
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pictures
+import spoken_numbers
+import torch
+import transducer_loss
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from spoken_numbers import BLANK, Batch, Utterance
+from torch import Tensor, nn
+from transducer_loss.adapters.torch import joint_rnnt_loss
+
+TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 2000, 400
+BATCH_SIZE = 32
+SUBSAMPLING = 4  # feature frames per encoder frame
+ENCODER_PERIOD = SUBSAMPLING * spoken_numbers.FRAME_PERIOD  # seconds
+PEAK_LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
+EVALUATIONS = 10
+MOST_CHARACTERS_PER_FRAME = 4
+
+console = Console()
+
+
+class Encoder(nn.Module):
+    """Features (B, T, MEL_BINS) to encodings (B, ceil(T / 4), H), each from the past alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(spoken_numbers.MEL_BINS))
+        self.register_buffer("scale", torch.ones(spoken_numbers.MEL_BINS))
+        self.convolution = nn.Conv1d(spoken_numbers.MEL_BINS, width, 2 * SUBSAMPLING, stride=SUBSAMPLING)
+        self.layers = nn.ModuleList(nn.GRU(width, width, batch_first=True) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.project = nn.Linear(width, width)
+
+    def normalise_by(self, features: np.ndarray) -> None:
+        """Give every mel bin zero mean and unit variance on features (frames, MEL_BINS)."""
+        self.mean.copy_(torch.from_numpy(features.mean(0)))
+        self.scale.copy_(torch.from_numpy(1 / features.std(0)))
+
+    def forward(self, features: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Encode a piece of speech; the state returned continues with the next one.
+
+        A piece other than the last must hold a multiple of 4 frames.
+        """
+        features = (features - self.mean) * self.scale
+        features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % SUBSAMPLING))
+        past, *hidden = state or [torch.zeros_like(features[:, :SUBSAMPLING]), None, None]
+        window = torch.cat([past, features], dim=1)
+        x = self.norms[0](self.convolution(window.transpose(1, 2)).relu().transpose(1, 2))
+        following = [window[:, -SUBSAMPLING:]]
+        for layer, norm, before in zip(self.layers, self.norms[1:], hidden):
+            y, after = layer(x, before)
+            x = norm(x + y)
+            following.append(after)
+        return self.project(x), following
+
+
+class Predictor(nn.Module):
+    """Encodings of the last two characters: no recurrence, which two characters of context do without."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(len(spoken_numbers.ALPHABET), width // 2)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:
+        """Encode the last character (...,) and the one before it (...,) to (..., H)."""
+        return self.project(torch.cat([self.embedding(before), self.embedding(last)], dim=-1).relu())
+
+    def sequence(self, targets: Tensor) -> Tensor:
+        """Encode every prefix of the targets (B, U), the empty one first: (B, U+1, H)."""
+        padded = nn.functional.pad(targets.long(), (2, 0), value=BLANK)
+        return self(padded[:, :-1], padded[:, 1:])
+
+
+class Recogniser(nn.Module):
+    """An encoder, a predictor and the output layer, whose weight (V, H) and bias (V,) the loss takes as they are."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.encoder = Encoder(width)
+        self.predictor = Predictor(width)
+        self.output = nn.Linear(width, len(spoken_numbers.ALPHABET))
+
+    def logits(self, encoding: Tensor, prediction: Tensor) -> Tensor:
+        """Joint network of single cells, as decoding wants it: (..., H) and (..., H) to (..., V)."""
+        return self.output(torch.tanh(encoding + prediction))
+
+
+@dataclass
+class TensorBatch:
+    """A batch on the model's device, but for the lengths: on the host the loss reads them without waiting."""
+
+    features: Tensor
+    targets: Tensor
+    encoder_lengths: Tensor
+    target_lengths: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> TensorBatch:
+        encoder_lengths = -(-batch.feature_lengths // SUBSAMPLING)
+        return cls(
+            torch.from_numpy(batch.features).to(device),
+            torch.from_numpy(batch.targets).to(device),
+            torch.from_numpy(encoder_lengths),
+            torch.from_numpy(batch.target_lengths),
+        )
+
+
+def loss_of(model: Recogniser, batch: TensorBatch) -> Tensor:
+    """Mean loss of a batch."""
+    encoder, _ = model.encoder(batch.features)
+    predictor = model.predictor.sequence(batch.targets)
+    return joint_rnnt_loss(
+        encoder, predictor, model.output.weight, model.output.bias,
+        batch.targets, batch.encoder_lengths, batch.target_lengths, blank=BLANK,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def recognise(model: Recogniser, features: Tensor, encoder_lengths: Tensor, chunk: int = 32) -> list[str]:
+    """Greedy streaming decoding: the features (B, T, MEL_BINS) come in chunks of frames, each is heard once."""
+    device = features.device
+    count = len(features)
+    encoder_lengths = encoder_lengths.to(device)
+    before = last = torch.full((count,), BLANK, device=device)
+    prediction = model.predictor(before, last)
+    emitted: list[Tensor] = []  # each (B,), blank where an utterance emits nothing
+    state, frame = None, 0
+    for start in range(0, features.shape[1], chunk):
+        encodings, state = model.encoder(features[:, start : start + chunk], state)
+        for encoding in encodings.unbind(1):
+            speaking = frame < encoder_lengths
+            for _ in range(MOST_CHARACTERS_PER_FRAME):
+                best = model.logits(encoding, prediction).argmax(-1)
+                speaking = speaking & (best != BLANK)
+                if not speaking.any():
+                    break
+                before = torch.where(speaking, last, before)
+                last = torch.where(speaking, best, last)
+                prediction = model.predictor(before, last)
+                emitted.append(torch.where(speaking, best, BLANK))
+            frame += 1
+    labels = torch.stack(emitted, dim=1).cpu().numpy() if emitted else np.empty((count, 0), int)
+    return [spoken_numbers.to_text(row[row != BLANK]) for row in labels]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: so many steps, unless minutes are given."""
+
+    steps: int
+    minutes: float | None = None
+
+    def used(self, steps: int, seconds: float) -> float:
+        """Share of the budget that so many steps and seconds of training have used."""
+        return steps / self.steps if self.minutes is None else seconds / (60 * self.minutes)
+
+
+@dataclass
+class Training:
+    """What happened: the loss of every step, and the held-out texts recognised now and then."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluated_steps: list[int] = field(default_factory=list)
+    error_rates: list[float] = field(default_factory=list)
+    hypotheses: list[str] = field(default_factory=list)
+    utterances_per_second: float = 0.0
+
+
+def train(
+    model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int
+) -> Training:
+    """Train a model, and follow its character error rate on the held-out utterances."""
+    rng = np.random.default_rng(seed)
+    device = model.output.weight.device
+    model.encoder.normalise_by(np.concatenate([utterance.features for utterance in training]))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE)
+    held_out_batch = TensorBatch.of(spoken_numbers.batch(held_out), device)
+    epochs = (spoken_numbers.epoch(training, BATCH_SIZE, rng) for _ in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    done = Training()
+    seconds = used = 0.0
+    columns = (
+        TextColumn("training {task.percentage:3.0f} %"),
+        BarColumn(bar_width=20),
+        TextColumn("loss {task.fields[loss]:.3f}   {task.fields[speed]:.0f} utterances/s  "),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=1.0, loss=math.nan, speed=0.0)
+        while used < 1:
+            started = time.perf_counter()
+            warm_up = min(1.0, (len(done.losses) + 1) / WARM_UP_STEPS)
+            optimiser.param_groups[0]["lr"] = PEAK_LEARNING_RATE * warm_up * (1 + math.cos(math.pi * used)) / 2
+            loss = loss_of(model, TensorBatch.of(next(batches), device))
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimiser.step()
+            done.losses.append(loss.item())
+            seconds += time.perf_counter() - started
+            used = budget.used(len(done.losses), seconds)
+            done.utterances_per_second = len(done.losses) * BATCH_SIZE / seconds
+            bar.update(task, completed=used, loss=done.losses[-1], speed=done.utterances_per_second)
+            if used >= (len(done.error_rates) + 1) / EVALUATIONS:
+                done.hypotheses = recognise(model, held_out_batch.features, held_out_batch.encoder_lengths)
+                done.evaluated_steps.append(len(done.losses))
+                done.error_rates.append(character_error_rate(held_out, done.hypotheses))
+                bar.console.print(
+                    f"step {len(done.losses):4d}   loss {np.mean(done.losses[-20:]):7.3f}   "
+                    f"character error rate on held-out speakers {100 * done.error_rates[-1]:6.2f} %"
+                )
+    return done
+
+
+def character_error_rate(utterances: list[Utterance], hypotheses: list[str]) -> float:
+    """Edit distance per character of the references."""
+    return spoken_numbers.error_rate([utterance.text for utterance in utterances], hypotheses)
+
+
+@torch.no_grad()
+def loss_arguments(model: Recogniser, utterances: list[Utterance]) -> tuple[np.ndarray, ...]:
+    """What the loss takes, for utterances, as NumPy arrays: for the functions that look into it."""
+    batch = TensorBatch.of(spoken_numbers.batch(utterances), model.output.weight.device)
+    encoder, _ = model.encoder(batch.features)
+    predictor = model.predictor.sequence(batch.targets)
+    tensors = (encoder, predictor, model.output.weight, model.output.bias, batch.targets)
+    return *(tensor.cpu().numpy() for tensor in tensors), batch.encoder_lengths.numpy(), batch.target_lengths.numpy()
+
+
+def words_in_time(utterance: Utterance, alignment: np.ndarray) -> list[Word]:
+    """Words of an utterance and when they came, from the frame (U,) of every character."""
+    words = utterance.text.split()
+    starts = itertools.accumulate((len(word) + 1 for word in words[:-1]), initial=0)
+    return [
+        Word(word, spoken=float(spoken), emitted=float(alignment[start] * ENCODER_PERIOD))
+        for word, start, spoken in zip(words, starts, utterance.word_starts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, when its sound begins and when the recogniser emits its first character, in seconds."""
+
+    text: str
+    spoken: float
+    emitted: float
+
+
+def share_needing_gradient(arguments: tuple[np.ndarray, ...]) -> float:
+    """Share of a batch's cells that the loss makes a gradient for."""
+    *_, encoder_lengths, target_lengths = arguments
+    _, grads = transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK)
+    cells = np.sum(encoder_lengths * (target_lengths + 1))
+    return 1 - float(grads.dropped) / float(cells)
+
+
+def loss_megabytes(arguments: tuple[np.ndarray, ...]) -> tuple[float, float]:
+    """Most memory that the loss of a batch and its gradients take, and what the logits alone would have taken."""
+    encoder, predictor, weight, *_ = arguments
+    tracemalloc.start()
+    transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    logits = 4 * encoder.shape[0] * encoder.shape[1] * predictor.shape[1] * weight.shape[0]
+    return peak / 1e6, logits / 1e6
+
+
+def pick_device(name: str) -> torch.device:
+    """Device by name; ``auto`` is the GPU where both PyTorch and CuPy, which runs the loss there, can use it."""
+    if name == "auto":
+        usable = torch.cuda.is_available() and importlib.util.find_spec("cupy") is not None
+        name = "cuda" if usable else "cpu"
+    return torch.device(name)
+
+
+def synthesise(seed: int) -> tuple[list[Utterance], list[Utterance]]:
+    """Make the corpus, with a progress bar."""
+    total = TRAINING_UTTERANCES + HELD_OUT_UTTERANCES
+    columns = (TextColumn("speaking"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        return spoken_numbers.corpus(
+            TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance=lambda: bar.advance(task)
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=600, help="steps of training (default: %(default)s)")
+    length.add_argument("--minutes", type=float, help="minutes of training, in place of steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the corpus, train, and report."""
+    arguments = parse_arguments()
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+
+    def note_time(phase: str) -> None:
+        seconds[phase] = time.perf_counter() - began - sum(seconds.values())
+
+    device = pick_device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    training, held_out = synthesise(arguments.seed)
+    note_time("speech")
+    model = Recogniser().to(device)
+    done = train(model, training, held_out, Budget(arguments.steps, arguments.minutes), arguments.seed)
+    note_time("training")
+
+    right = [u for u, hypothesis in zip(held_out, done.hypotheses, strict=True) if hypothesis == u.text]
+    shown = next((utterance for utterance in right if 25 <= len(utterance.text) <= 40), held_out[0])
+    shown_arguments = loss_arguments(model, [shown])
+    alignment = transducer_loss.align(*shown_arguments, blank=BLANK).frames[0]
+    occupancy = transducer_loss.occupancy(*shown_arguments, blank=BLANK)
+    words = words_in_time(shown, alignment)
+    largest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
+    largest_arguments = loss_arguments(model, largest)
+    share = share_needing_gradient(largest_arguments)
+    taken, avoided = loss_megabytes(largest_arguments)
+    note_time("looking into the loss")
+
+    curve, lattice = arguments.out / "learning-curve.png", arguments.out / "lattice.png"
+    pictures.learning_curve(curve, done.losses, done.evaluated_steps, done.error_rates, target=0.03)
+    pictures.lattice(
+        lattice, shown.text, shown.features, spoken_numbers.FRAME_PERIOD, shown.word_starts,
+        (occupancy.blank + occupancy.label)[0], ENCODER_PERIOD, alignment,
+    )  # fmt: skip
+    note_time("pictures")
+
+    final_loss = float(np.mean(done.losses[-20:]))
+    pairs = [(u.text, hypothesis) for u, hypothesis in zip(held_out, done.hypotheses, strict=True)]
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    by_noise = {
+        f"{ratio:g} dB" if np.isfinite(ratio) else "clean": character_error_rate(*zip(*heard, strict=True))
+        for ratio in spoken_numbers.SIGNAL_TO_NOISE
+        if (heard := [(u, h) for u, h in zip(held_out, done.hypotheses, strict=True) if u.signal_to_noise == ratio])
+    }
+    print(f"\nloss {final_loss:.3f}, character error rate on held-out speakers {100 * done.error_rates[-1]:.2f} %")
+    print("by noise: " + ", ".join(f"{name} {100 * rate:.2f} %" for name, rate in by_noise.items()))
+    print("\nheard rightly, and wrongly:" if wrong else "\nheard rightly:")
+    for reference, hypothesis in [*pairs[:3], *wrong[:2]]:
+        print(f"  reference   {reference}\n  hypothesis  {hypothesis}")
+    print("\nwhen the words of an utterance begin, and when their first character was recognised:")
+    for word in words:
+        print(f"  {word.text:10s} {word.spoken:5.2f} s {word.emitted:5.2f} s")
+    print(f"\n{100 * share:.0f} % of the cells needed a gradient")
+    print(f"pictures: {curve}, {lattice}")
+    print(f"{sum(seconds.values()):.0f} s: " + ", ".join(f"{phase} {time:.0f} s" for phase, time in seconds.items()))
+    if arguments.json:
+        results = {
+            "seed": arguments.seed,
+            "device": str(device),
+            "steps": len(done.losses),
+            "loss": final_loss,
+            "character_error_rate": done.error_rates[-1],
+            "character_error_rate_by_noise": by_noise,
+            "utterances_per_second": done.utterances_per_second,
+            "share_needing_gradient": share,
+            "megabytes": taken,
+            "megabytes_of_logits": avoided,
+            "words": [asdict(word) for word in words],
+            "seconds": seconds,
+            "training": asdict(done),
+        }
+        arguments.json.write_text(json.dumps(results, indent=1))
+    print(f"trained in {taken:.1f} MB where the logits would have taken {avoided:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Kernels: CUDA C++ that is also the host library."""

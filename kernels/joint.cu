@@ -1,0 +1,236 @@
+// hidden(t, u) = dropout(activation(E_t + P_u)) for packed cells, and its gradient: one row of dHidden gives dE, summed over
+// u, and dP, summed over t, each sum in a fixed order.
+#include "processor.cuh"
+#include "cells.cuh"
+
+enum ActivationName { TANH = 0, RELU, LEAKY_RELU, SIGMOID, GELU, GELU_TANH, SILU, IDENTITY };
+
+// value(z), and slope(z, a) = d value / dz where a = value(z); those that can, tell the slope from a alone.
+struct Tanh {
+    template <typename R> static DEVICE R value(R z) { return hyperbolic_tangent(z); }
+    template <typename R> static DEVICE R slope(R, R a) { return R(1) - a * a; }
+};
+struct Relu {
+    template <typename R> static DEVICE R value(R z) { return z < R(0) ? R(0) : z; }  // a NaN stays one
+    template <typename R> static DEVICE R slope(R, R a) { return a > R(0) ? R(1) : R(0); }
+};
+struct LeakyRelu {
+    template <typename R> static DEVICE R value(R z) { return z < R(0) ? R(0.01) * z : z; }
+    template <typename R> static DEVICE R slope(R, R a) { return a > R(0) ? R(1) : R(0.01); }
+};
+struct Sigmoid {
+    template <typename R> static DEVICE R value(R z) { return R(1) / (R(1) + exponential(-z)); }
+    template <typename R> static DEVICE R slope(R, R a) { return a * (R(1) - a); }
+};
+struct Gelu {
+    template <typename R> static DEVICE R value(R z) { return z * (R(0.5) + R(0.5) * error_function(z * R(0.7071067811865476))); }
+    template <typename R> static DEVICE R slope(R z, R) {
+        return R(0.5) + R(0.5) * error_function(z * R(0.7071067811865476)) +
+               z * R(0.3989422804014327) * exponential(R(-0.5) * z * z);
+    }
+};
+struct GeluTanh {
+    template <typename R> static DEVICE R inner(R z) { return R(0.7978845608028654) * (z + R(0.044715) * z * z * z); }
+    template <typename R> static DEVICE R value(R z) { return R(0.5) * z * (R(1) + hyperbolic_tangent(inner(z))); }
+    template <typename R> static DEVICE R slope(R z, R) {
+        const R h = hyperbolic_tangent(inner(z));
+        return R(0.5) * (R(1) + h) +
+               R(0.5) * z * (R(1) - h * h) * R(0.7978845608028654) * (R(1) + R(3 * 0.044715) * z * z);
+    }
+};
+struct Silu {
+    template <typename R> static DEVICE R value(R z) { return z / (R(1) + exponential(-z)); }
+    template <typename R> static DEVICE R slope(R z, R) {
+        const R s = R(1) / (R(1) + exponential(-z));
+        return s + z * s * (R(1) - s);
+    }
+};
+struct Identity {
+    template <typename R> static DEVICE R value(R z) { return z; }
+    template <typename R> static DEVICE R slope(R, R) { return R(1); }
+};
+
+// The choice is the same for all threads and made once per row, outside the loop over features.
+template <typename Work> DEVICE void with_activation(long long name, const Work& work) {
+    switch (name) {
+        case TANH: return work(Tanh());
+        case RELU: return work(Relu());
+        case LEAKY_RELU: return work(LeakyRelu());
+        case SIGMOID: return work(Sigmoid());
+        case GELU: return work(Gelu());
+        case GELU_TANH: return work(GeluTanh());
+        case SILU: return work(Silu());
+        default: return work(Identity());
+    }
+}
+
+// Dropout of the hidden features by Philox 4x32-10. The counter is (h / 4, u, t, b): the same mask whatever the tiles, the
+// groups and the processor, so that the second pass makes the first one's mask again.
+struct Dropout {
+    unsigned long long seed;
+    unsigned int threshold;  // dropped where the 32 random bits are below it; 0 is no dropout
+    float scale;
+
+    DEVICE Dropout(long long of_seed, double probability)
+        : seed((unsigned long long)of_seed), threshold((unsigned int)(probability * 4294967296.0)),
+          scale((float)(1.0 / (1.0 - probability))) {}
+
+    DEVICE float factor(long long b, long long t, long long u, long long h) const {
+        unsigned int c0 = (unsigned int)(h >> 2), c1 = (unsigned int)u, c2 = (unsigned int)t, c3 = (unsigned int)b;
+        unsigned int k0 = (unsigned int)seed, k1 = (unsigned int)(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const unsigned long long p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+            c0 = (unsigned int)(p1 >> 32) ^ c1 ^ k0;
+            c1 = (unsigned int)p1;
+            c2 = (unsigned int)(p0 >> 32) ^ c3 ^ k1;
+            c3 = (unsigned int)p0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        const int word = (int)(h & 3);
+        const unsigned int bits = word == 0 ? c0 : word == 1 ? c1 : word == 2 ? c2 : c3;
+        return bits < threshold ? 0.0f : scale;
+    }
+};
+
+// Hidden features of cells [begin, begin + n) of the list `cells` (of the group, where cells is null), one block per cell.
+// Where `loss` is given, utterances whose loss is not finite get rows of zeros: their NaN must not meet the zeros of their
+// gradient in the product that makes dW. Cells past the last label of a band row are zeros too.
+template <typename In, typename Hidden>
+KERNEL joint_forward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
+                     const int* first, const In* encoder, long long encoder_by_utterance, long long encoder_by_frame,
+                     const In* predictor, long long predictor_by_utterance, long long predictor_by_label, long long features,
+                     long long activation, double dropout, long long seed, const Compute<In>* loss, Hidden* hidden) {
+    typedef Compute<In> Real;
+    const Dropout drop(seed, dropout);
+    BLOCKS(i, n) {
+        const Cell at = locate(utterances, count, first, cells ? cells[begin + i] : begin + i);
+        const Utterance& of = utterances[at.utterance];
+        Hidden* const out = hidden + i * features;
+        if (at.label > of.labels || (loss && !is_finite(loss[of.index]))) {
+            PARALLEL(h, features) store(out + h, Real(0));
+            continue;
+        }
+        const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
+        const In* const p = predictor + of.index * predictor_by_utterance + at.label * predictor_by_label;
+        with_activation(activation, [&](auto kind) {
+            if (drop.threshold == 0) {
+                SIMD
+                PARALLEL(h, features) store(out + h, kind.value(Real(load(e + h)) + Real(load(p + h))));
+            } else {
+                SIMD
+                PARALLEL(h, features)
+                store(out + h, kind.value(Real(load(e + h)) + Real(load(p + h))) *
+                                   Real(drop.factor(of.index, at.frame, at.label, h)));
+            }
+        });
+    }
+}
+
+// dHidden of the tile [begin, begin + n), in place times the slope of the activation; and its sum over each frame's cells,
+// added to dE. One block per cell, of which those that begin a frame in the tile work, down to the frame's end.
+template <typename In, typename Hidden>
+KERNEL joint_backward_encoder(long long n, long long begin, const long long* cells, const Utterance* utterances,
+                              long long count, const int* first, const In* encoder, long long encoder_by_utterance,
+                              long long encoder_by_frame, const In* predictor, long long predictor_by_utterance,
+                              long long predictor_by_label, long long features, long long activation, double dropout,
+                              long long seed, const Hidden* hidden, Compute<In>* hidden_gradient,
+                              Compute<In>* encoder_gradient, long long gradient_frames) {
+    typedef Compute<In> Real;
+    const Dropout drop(seed, dropout);
+    BLOCKS(i, n) {
+        const long long cell = cells ? cells[begin + i] : begin + i;
+        const Cell at = locate(utterances, count, first, cell);
+        const Utterance& of = utterances[at.utterance];
+        const long long row_begin = of.cells + at.frame * of.width, row_end = row_begin + of.width;
+        if (i > 0 && (cells ? cells[begin + i - 1] : cell - 1) >= row_begin) continue;
+        const long long start = first_label(of, first, at.frame);
+        const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
+        const In* const p = predictor + of.index * predictor_by_utterance;
+        Real* const sum_out = encoder_gradient + (of.index * gradient_frames + at.frame) * features;
+        with_activation(activation, [&](auto kind) {
+            for (long long h0 = (long long)threadIdx.x * COLUMNS; h0 < features; h0 += (long long)blockDim.x * COLUMNS) {
+                const int lanes = (int)smaller((long long)COLUMNS, features - h0);
+                Real sum[COLUMNS] = {};
+                for (long long j = i; j < n; ++j) {
+                    const long long other = cells ? cells[begin + j] : begin + j;
+                    if (other >= row_end) break;
+                    const long long u = start + other - row_begin;
+                    if (u > of.labels) break;
+                    Real* const d = hidden_gradient + j * features + h0;
+                    const Hidden* const a = hidden + j * features + h0;
+                    const In* const p_u = p + u * predictor_by_label + h0;
+                    const In* const e_t = e + h0;
+                    if (drop.threshold == 0) {
+                        SIMD
+                        for (int k = 0; k < lanes; ++k) {
+                            const Real z = Real(load(e_t + k)) + Real(load(p_u + k));
+                            const Real value = d[k] * kind.slope(z, Real(load(a + k)));
+                            d[k] = value;
+                            sum[k] += value;
+                        }
+                    } else {
+                        SIMD
+                        for (int k = 0; k < lanes; ++k) {
+                            const Real z = Real(load(e_t + k)) + Real(load(p_u + k));
+                            const Real kept = Real(drop.factor(of.index, at.frame, u, h0 + k));
+                            const Real value = d[k] * kept * kind.slope(z, kind.value(z));
+                            d[k] = value;
+                            sum[k] += value;
+                        }
+                    }
+                }
+                SIMD
+                for (int k = 0; k < lanes; ++k) sum_out[h0 + k] += sum[k];
+            }
+        });
+    }
+}
+
+// The sum of the tile's dHidden (already times the slope) over the frames of each label, added to dP: one block per
+// utterance and label. Utterance `carried` is summed into `carry` (labels, features) instead, for whoever adds it later.
+template <typename Real>
+KERNEL joint_backward_predictor(long long columns, long long n, long long begin, const long long* cells,
+                                const long long* positions, const Utterance* utterances, long long count, const int* first,
+                                long long features, const Real* hidden_gradient, Real* predictor_gradient,
+                                long long gradient_labels, long long carried, Real* carry) {
+    BLOCKS(item, count * columns) {
+        const Utterance& of = utterances[item / columns];
+        const long long u = item % columns;
+        const long long low = cells ? cells[begin] : begin, high = cells ? cells[begin + n - 1] : begin + n - 1;
+        if (u > of.labels || high < of.cells || low >= of.cells + of.frames * of.width) continue;
+        const long long from = low > of.cells ? (low - of.cells) / of.width : 0;
+        const long long to = smaller((high - of.cells) / of.width, of.frames - 1);
+        Real* const out = (item / columns == carried ? carry : predictor_gradient + of.index * gradient_labels * features) +
+                          u * features;
+        for (long long h0 = (long long)threadIdx.x * COLUMNS; h0 < features; h0 += (long long)blockDim.x * COLUMNS) {
+            const int lanes = (int)smaller((long long)COLUMNS, features - h0);
+            Real sum[COLUMNS] = {};
+            for (long long t = from; t <= to; ++t) {
+                if (!in_row(of, first, t, u)) continue;
+                const long long cell = cell_at(of, first, t, u);
+                if (cell < low || cell > high || (positions && positions[cell + 1] == positions[cell])) continue;
+                const Real* const d = hidden_gradient + ((positions ? positions[cell] : cell) - begin) * features + h0;
+                SIMD
+                for (int k = 0; k < lanes; ++k) sum[k] += d[k];
+            }
+            SIMD
+            for (int k = 0; k < lanes; ++k) out[h0 + k] += sum[k];
+        }
+    }
+}
+
+EXPORT(joint_forward, float16, float16)
+EXPORT(joint_forward, float16, float32)
+EXPORT(joint_forward, bfloat16, bfloat16)
+EXPORT(joint_forward, bfloat16, float32)
+EXPORT(joint_forward, float32, float32)
+EXPORT(joint_forward, float64, float64)
+EXPORT(joint_backward_encoder, float16, float16)
+EXPORT(joint_backward_encoder, float16, float32)
+EXPORT(joint_backward_encoder, bfloat16, bfloat16)
+EXPORT(joint_backward_encoder, bfloat16, float32)
+EXPORT(joint_backward_encoder, float32, float32)
+EXPORT(joint_backward_encoder, float64, float64)
+EXPORT(joint_backward_predictor, float32)
+EXPORT(joint_backward_predictor, float64)

@@ -1,0 +1,244 @@
+// One cell's V logits -> the log-probabilities of its two arcs and its normaliser; and, once the lattice has said how often
+// a path takes each arc, the gradient of the loss by the logits.
+//
+//   softmax      blank = x[blank] - z, label = x[y] - z, z = log sum_v exp x[v]
+//   normalized   x are log-probabilities already: blank = x[blank], label = x[y]
+//   hat          blank = log sigmoid(x[blank]), label = x[y] - z + log(1 - sigmoid(x[blank])), z without the blank
+//
+// A cell whose normaliser is not finite (a NaN or +inf logit) gets NaN arcs; -inf is a probability of zero.
+#include "processor.cuh"
+#include "cells.cuh"
+
+enum Distribution { SOFTMAX = 0, NORMALIZED = 1, HAT = 2 };
+
+// x[v] for v = 0 .. V - 1 at any stride; `dense` is known while compiling, so that loops over dense rows vectorise.
+template <bool dense, typename T> struct Row {
+    T* start;
+    long long stride;
+    DEVICE T* at(long long v) const { return dense ? start + v : start + v * stride; }
+};
+
+// log(1 + exp(x)) without overflow.
+template <typename Real> DEVICE Real softplus(Real x) {
+    return larger(x, Real(0)) + log_of_one_plus(exponential(x < Real(0) ? x : -x));
+}
+
+template <typename Real> DEVICE Real sigmoid(Real x) { return Real(1) / (Real(1) + exponential(-x)); }
+
+// Writes the arcs' log-probabilities of one row. With `keep`, x[v] is overwritten by exp(x[v] - max) (the blank of HAT by
+// its sigmoid) and the normaliser is the factor that makes probabilities of them, so that the gradient needs no second exp.
+template <bool dense, typename T>
+DEVICE void arcs_of_row(const Row<dense, T> row, long long classes, long long blank, long long target, int distribution,
+                        bool keep, Compute<T>* log_blank, Compute<T>* log_label, Compute<T>* normaliser) {
+    typedef Compute<T> Real;
+    const bool has_label = target >= 0;
+    const Real blank_logit = load(row.at(blank)), label_logit = has_label ? load(row.at(target)) : Real(0);
+    if (distribution == NORMALIZED) {
+        if (threadIdx.x == 0) {
+            *log_blank = blank_logit;
+            *log_label = has_label ? label_logit : -infinity<Real>();
+            *normaliser = Real(0);
+        }
+        return;
+    }
+    const long long skipped = distribution == HAT ? blank : -1;
+    Real highest = -infinity<Real>();
+    SIMD_MAX(highest)
+    PARALLEL(v, classes) {
+        const Real x = v == skipped ? -infinity<Real>() : Real(load(row.at(v)));
+        highest = x > highest ? x : highest;
+    }
+    highest = block_max(highest);
+    Real sum = 0;
+    if (keep) {
+        SIMD_SUM(sum)
+        PARALLEL(v, classes) {
+            const Real x = load(row.at(v));
+            const Real e = exponential(x - highest);
+            sum += v == skipped ? Real(0) : e;
+            store(row.at(v), v == skipped ? sigmoid(x) : e);
+        }
+    } else {
+        SIMD_SUM(sum)
+        PARALLEL(v, classes) {
+            const Real e = exponential(Real(load(row.at(v))) - highest);
+            sum += v == skipped ? Real(0) : e;
+        }
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) {
+        const Real z = highest + logarithm(sum);
+        const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
+        const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
+        const bool valid = is_finite(z) && !is_nan(no_blank) && blank_logit < infinity<Real>();
+        *log_blank = valid ? blank_value : nan_value<Real>();
+        *log_label = !valid ? nan_value<Real>() : has_label ? label_logit - z + no_blank : -infinity<Real>();
+        *normaliser = keep ? Real(1) / sum : z;
+    }
+}
+
+// targets[b, u], or -1 past the last label. A label outside [0, classes) makes the cell invalid.
+template <typename Label>
+DEVICE long long target_of(const Utterance& of, const void* targets, long long by_utterance, long long by_label, long long label) {
+    if (label >= of.labels) return -1;
+    return (long long)((const Label*)targets)[of.index * by_utterance + label * by_label];
+}
+
+DEVICE long long target_of(const Utterance& of, const void* targets, long long wide, long long by_utterance,
+                           long long by_label, long long label) {
+    return wide ? target_of<long long>(of, targets, by_utterance, by_label, label)
+                : target_of<int>(of, targets, by_utterance, by_label, label);
+}
+
+// Cells [begin, begin + n) of the group, one block each. Logits of cell (b, t, u): with `packed`, row (cell - begin) of
+// stride by_label; else at b, t, u - first_t of the batch tensor. All strides count elements.
+template <typename T>
+KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances, long long count, const int* first,
+                       T* logits, long long packed, long long by_utterance, long long by_frame, long long by_label,
+                       long long by_class, long long classes, const void* targets, long long wide_targets,
+                       long long targets_by_utterance, long long targets_by_label, long long blank,
+                       long long distribution, long long keep, Compute<T>* log_blank, Compute<T>* log_label,
+                       Compute<T>* normaliser) {
+    typedef Compute<T> Real;
+    BLOCKS(i, n) {
+        const long long cell = begin + i;
+        const Cell at = locate(utterances, count, first, cell);
+        const Utterance& of = utterances[at.utterance];
+        const bool real = at.label <= of.labels;
+        const long long target =
+            real ? target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label) : -1;
+        // A target read from the device may be anything; past the last label it is -1 by definition.
+        if (!real || (at.label < of.labels && (target < 0 || target >= classes))) {
+            if (threadIdx.x == 0) log_blank[cell] = log_label[cell] = normaliser[cell] = real ? nan_value<Real>() : Real(0);
+            continue;
+        }
+        T* start = packed ? logits + i * by_label
+                          : logits + of.index * by_utterance + at.frame * by_frame +
+                                (at.label - first_label(of, first, at.frame)) * by_label;
+        if (by_class == 1)
+            arcs_of_row(Row<true, T>{start, 1}, classes, blank, target, (int)distribution, keep != 0, log_blank + cell,
+                        log_label + cell, normaliser + cell);
+        else
+            arcs_of_row(Row<false, T>{start, by_class}, classes, blank, target, (int)distribution, keep != 0,
+                        log_blank + cell, log_label + cell, normaliser + cell);
+    }
+}
+
+// d loss / d x[v] = w ((gb + ge) p[v] - [v = blank] gb - [v = y] ge), gb and ge the occupancies of the cell's arcs.
+// HAT: the blank gets w ((gb + ge) sigmoid - gb), a label w ge (q[v] - [v = y]), q the softmax without blank.
+// One loop over the classes, then the two that an arc takes.
+template <bool dense_in, bool dense_out, typename T, typename G>
+DEVICE void gradient_of_row(const Row<dense_in, T> in, const Row<dense_out, G> out, long long classes, long long blank,
+                            long long target, int distribution, bool kept, Compute<T> normaliser, Compute<T> blank_share,
+                            Compute<T> label_share) {
+    typedef Compute<T> Real;
+    const Real both = blank_share + label_share;
+    const Real blank_value = load(in.at(blank));
+    const Real target_value = target >= 0 ? Real(load(in.at(target))) : Real(0);
+    const bool unused = blank_share == Real(0) && label_share == Real(0);
+    const Real factor = distribution == HAT ? label_share : both;
+    __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes
+    if (unused || distribution == NORMALIZED) {
+        SIMD
+        PARALLEL(v, classes) store(out.at(v), Real(0));
+    } else if (kept) {
+        const Real scale = factor * normaliser;
+        SIMD
+        PARALLEL(v, classes) store(out.at(v), scale * Real(load(in.at(v))));
+    } else {
+        SIMD
+        PARALLEL(v, classes) store(out.at(v), factor * exponential(Real(load(in.at(v))) - normaliser));
+    }
+    __syncthreads();
+    if (threadIdx.x != 0 || unused) return;
+    const bool same = target == blank;
+    if (distribution == NORMALIZED) {
+        store(out.at(blank), -(blank_share + (same ? label_share : Real(0))));
+        if (target >= 0 && !same) store(out.at(target), -label_share);
+        return;
+    }
+    const Real target_p = kept ? target_value * normaliser : exponential(target_value - normaliser);
+    const Real blank_p = distribution == HAT ? (kept ? blank_value : sigmoid(blank_value))
+                         : kept              ? blank_value * normaliser
+                                             : exponential(blank_value - normaliser);
+    store(out.at(blank), both * blank_p - blank_share - (same ? label_share : Real(0)));
+    if (target >= 0 && !same) store(out.at(target), factor * target_p - label_share);
+}
+
+// Gradient of cells [begin, begin + n) of the list `cells` (of the group, where cells is null) into a tile, row i for the
+// list's item i. Logits: row i of their tile, or with `by_cell` the row of the cell in the group's retained logits.
+template <typename T, typename G>
+KERNEL softmax_backward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
+                        const int* first, const T* logits, long long by_cell, long long kept, long long classes,
+                        const void* targets, long long wide_targets, long long targets_by_utterance,
+                        long long targets_by_label, long long blank, long long distribution, const Compute<T>* normaliser,
+                        const Compute<T>* blank_occupancy, const Compute<T>* label_occupancy, const Compute<T>* weights,
+                        double constant_weight, G* gradient) {
+    typedef Compute<T> Real;
+    BLOCKS(i, n) {
+        const long long cell = cells ? cells[begin + i] : begin + i;
+        const Cell at = locate(utterances, count, first, cell);
+        const Utterance& of = utterances[at.utterance];
+        const Real weight = weights ? weights[of.index] * Real(constant_weight) : Real(constant_weight);
+        // An utterance of weight 0 or of zero occupancy may hold NaN: neither its logits nor its targets are looked at.
+        const bool none = at.label > of.labels || weight == Real(0) ||
+                          (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
+        const Real blank_share = none ? Real(0) : weight * blank_occupancy[cell];
+        const Real label_share = none ? Real(0) : weight * label_occupancy[cell];
+        const long long target =
+            none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label);
+        gradient_of_row(Row<true, const T>{logits + (by_cell ? cell : i) * classes, 1},
+                        Row<true, G>{gradient + i * classes, 1}, classes, blank, target, (int)distribution, kept != 0,
+                        normaliser[cell], blank_share, label_share);
+    }
+}
+
+// Gradient of the caller's own logits, one block per row: of a (B, frames, columns, V) tensor, padding included, which gets
+// zeros; or of the packed (cells, V). May be written over the logits, row by row.
+template <typename T>
+KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long long count, const int* first, long long frames,
+                       long long columns, const T* logits, long long packed, long long by_utterance, long long by_frame,
+                       long long by_label, long long by_class, long long classes, const void* targets,
+                       long long wide_targets, long long targets_by_utterance, long long targets_by_label, long long blank,
+                       long long distribution, const Compute<T>* normaliser, const Compute<T>* blank_occupancy,
+                       const Compute<T>* label_occupancy, const Compute<T>* weights, T* gradient,
+                       long long out_by_utterance, long long out_by_frame, long long out_by_label, long long out_by_class) {
+    typedef Compute<T> Real;
+    BLOCKS(i, n) {
+        const Cell at = packed ? locate(utterances, count, first, i)
+                               : Cell{i / (frames * columns), i / columns % frames, i % columns};
+        const Utterance& of = utterances[at.utterance];
+        const long long start = packed || at.frame >= of.frames ? 0 : first_label(of, first, at.frame);
+        const long long column = packed ? 0 : at.label, label = at.label + start;
+        const long long cell = packed ? i : of.cells + at.frame * of.width + column;
+        const bool real = at.frame < of.frames && label <= of.labels && column < of.width;
+        const Real weight = weights && real ? weights[of.index] : Real(1);
+        const bool none = !real || weight == Real(0) || (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
+        const Real blank_share = none ? Real(0) : weight * blank_occupancy[cell];
+        const Real label_share = none ? Real(0) : weight * label_occupancy[cell];
+        const long long target =
+            none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, label);
+        const Real z = none ? Real(0) : normaliser[cell];
+        const T* in = logits + (packed ? i * by_label : of.index * by_utterance + at.frame * by_frame + column * by_label);
+        T* out = gradient + (packed ? i * out_by_label : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
+        if (by_class == 1 && out_by_class == 1)
+            gradient_of_row(Row<true, const T>{in, 1}, Row<true, T>{out, 1}, classes, blank, target, (int)distribution,
+                            false, z, blank_share, label_share);
+        else
+            gradient_of_row(Row<false, const T>{in, by_class}, Row<false, T>{out, out_by_class}, classes, blank, target,
+                            (int)distribution, false, z, blank_share, label_share);
+    }
+}
+
+EXPORT(softmax_forward, float16)
+EXPORT(softmax_forward, bfloat16)
+EXPORT(softmax_forward, float32)
+EXPORT(softmax_forward, float64)
+EXPORT(softmax_backward, float32, float32)
+EXPORT(softmax_backward, float32, float16)
+EXPORT(softmax_backward, float32, bfloat16)
+EXPORT(softmax_backward, float64, float64)
+EXPORT(softmax_backward_logits, float16)
+EXPORT(softmax_backward_logits, bfloat16)
+EXPORT(softmax_backward_logits, float32)
+EXPORT(softmax_backward_logits, float64)

@@ -1,0 +1,180 @@
+"""What every loss checks of its arguments, and the options they share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from transducer_loss.arrays import FLOATS, as_array, device_name, element_strides, on_host
+from transducer_loss.cells import Ints
+
+TOPOLOGIES = ("regular", "modified", "constrained")
+DISTRIBUTIONS = ("softmax", "normalized", "hat")
+INFEASIBLE = ("inf", "zero", "raise")
+
+
+def choice(value: Any, allowed: Sequence[str], name: str) -> int:
+    """Position of `value` among the words of an enumeration, the same in Python and in the kernels."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return list(allowed).index(value)
+
+
+def finite(value: Any, name: str) -> float:
+    """A finite Python float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not np.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keywords that losses share, checked; words as the kernels number them."""
+
+    blank: int
+    topology: int
+    distribution: int
+    fastemit_lambda: float
+    delay_penalty: float
+    infeasible: str
+
+    @classmethod
+    def checked(
+        cls,
+        classes: int,
+        *,
+        blank: int,
+        topology: str,
+        normalized: bool,
+        fastemit_lambda: float,
+        delay_penalty: float,
+        hat: bool,
+        infeasible: str,
+    ) -> Options:
+        """Raise for what is not an option; resolve a negative `blank`."""
+        if isinstance(blank, bool) or not isinstance(blank, (int, np.integer)):
+            raise TypeError(f"blank: expected an int, got {type(blank).__name__}")
+        if not -classes <= blank < classes:
+            raise ValueError(f"blank: expected a class in [{-classes}, {classes}), got {blank}")
+        if hat and normalized:
+            raise ValueError("hat: expected False with normalized=True (HAT normalises the logits itself), got True")
+        choice(infeasible, INFEASIBLE, "infeasible")
+        if finite(fastemit_lambda, "fastemit_lambda") < 0:
+            raise ValueError(f"fastemit_lambda: expected 0 or more, got {fastemit_lambda}")
+        return cls(
+            int(blank) % classes, choice(topology, TOPOLOGIES, "topology"), 2 if hat else int(bool(normalized)),
+            float(fastemit_lambda), finite(delay_penalty, "delay_penalty"), infeasible,
+        )  # fmt: skip
+
+
+def float_array(value: Any, name: str, dims: str, like: Any = None, like_name: str = "") -> Any:
+    """A non-empty float array whose dimensions are named by `dims`, of the dtype and device of `like`."""
+    array = as_array(value, name)
+    if array.dtype.name not in FLOATS:
+        raise TypeError(f"{name}: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
+    names = dims.split()
+    if array.ndim != len(names):
+        raise ValueError(f"{name}: expected {len(names)} dimensions ({', '.join(names)}), got shape {array.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"{name}: expected at least one of each of ({', '.join(names)}), got shape {array.shape}")
+    if like is not None:
+        if array.dtype != like.dtype:
+            raise TypeError(f"{name}: expected dtype {like.dtype.name} as {like_name}, got {array.dtype.name}")
+        if device_name(array) != device_name(like):
+            raise ValueError(f"{name}: expected device {device_name(like)} as {like_name}, got {device_name(array)}")
+    return array
+
+
+def expect_shape(array: Any, name: str, dims: str, shape: tuple[int, ...]) -> None:
+    """Raise unless `array` has `shape`, whose dimensions are named by `dims`."""
+    if tuple(array.shape) != shape:
+        raise ValueError(f"{name}: expected shape {dims} = {shape}, got {tuple(array.shape)}")
+
+
+def _integers(value: Any, name: str) -> Any:
+    array = np.asarray(value) if isinstance(value, (list, tuple, int)) else as_array(value, name)
+    if array.size == 0 and isinstance(value, (list, tuple)):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype.name}")
+    return array
+
+
+def lengths(value: Any, name: str, batch: int, low: int, high: int, dims: str) -> Ints:
+    """(B,) lengths on the host, each in [low, high]; those on a device are copied, which synchronises."""
+    array = _integers(value, name)
+    expect_shape(array, name, "(B,)", (batch,))
+    host = np.asarray(array if on_host(array) else array.get()).astype(np.int64)
+    bad = (host < low) | (host > high)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ValueError(f"{name}: expected lengths in [{low}, {dims} = {high}], got {host[at]} at index {at}")
+    return host
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Labels (B, U) as kernels read them."""
+
+    array: Any
+
+    @property
+    def arguments(self) -> tuple[Any, int, int, int]:
+        """Array, whether its labels are 64 bits wide, strides in elements."""
+        by_utterance, by_label = element_strides(self.array)
+        return self.array, int(self.array.itemsize == 8), by_utterance, by_label
+
+
+def targets_for(
+    value: Any, processor: Any, labels: Ints, classes: int, options: Options, validate: bool
+) -> Targets:
+    """Check labels (B, at least max U_b) and bring them to the processor.
+
+    Labels on the host are checked here; labels on a device only with `validate`, as that synchronises. Unchecked, the kernels
+    give an utterance with a label out of range the loss NaN.
+    """
+    array = _integers(value, "targets")
+    batch, longest = len(labels), int(labels.max())
+    if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < longest:
+        raise ValueError(f"targets: expected shape (B, U) = ({batch}, {longest}), got {tuple(array.shape)}")
+    if on_host(array) or validate:
+        known = array if on_host(array) else array.get()
+        real = np.arange(known.shape[1])[None] < labels[:, None]
+        bad = real & ((known < 0) | (known >= classes))
+        if bad.any():
+            b, u = (int(i) for i in np.argwhere(bad)[0])
+            raise ValueError(f"targets: expected labels in [0, V = {classes}), got {known[b, u]} at index ({b}, {u})")
+        if options.distribution == DISTRIBUTIONS.index("hat"):
+            same = real & (known == options.blank)
+            if same.any():
+                b, u = (int(i) for i in np.argwhere(same)[0])
+                raise ValueError(f"targets: expected no blank ({options.blank}) with hat=True, got it at index ({b}, {u})")
+    if array.dtype.name not in ("int32", "int64"):
+        array = array.astype(np.int64)
+    if on_host(array) and not processor.host:
+        array = processor.to_device(np.ascontiguousarray(array))
+    if not on_host(array) and processor.host:
+        raise ValueError("targets: expected device cpu as the logits or encoder, got " + device_name(array))
+    return Targets(array)
+
+
+def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
+    """Utterance weights (B,), dense, of the compute dtype, on the processor; or None."""
+    if value is None:
+        return None
+    array = np.asarray(value, dtype) if isinstance(value, (list, tuple)) else as_array(value, "weights")
+    expect_shape(array, "weights", "(B,)", (batch,))
+    if array.dtype.name not in FLOATS:
+        raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
+    if on_host(array):
+        return processor.to_device(np.ascontiguousarray(array, dtype))
+    if processor.host:
+        raise ValueError(f"weights: expected device cpu, got {device_name(array)}")
+    return processor.dense(array, dtype)
+
+

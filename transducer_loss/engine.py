@@ -1,0 +1,370 @@
+"""The two-pass engine of the joint-fused loss: groups of utterances, tiles of cells, bounded memory.
+
+For each group: tiles of joint, matrix product and softmax leave 12 bytes a cell (pass one); the lattice turns them into
+occupancies; tiles of the cells that matter turn those into gradients (pass two). Where the workspace holds a group's logits,
+pass two finds their exponentials there, else it makes them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from transducer_loss import compact, joint, lattice, softmax
+from transducer_loss.arrays import COMPUTE, numpy_dtype
+from transducer_loss.cells import Cells, Group
+from transducer_loss.checks import Options, Targets
+from transducer_loss.processors import Workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Checked arguments of the joint-fused losses, on their processor."""
+
+    processor: Any
+    joint: joint.Joint
+    weight: Any
+    """(V, H)."""
+    bias: Any
+    """(V,) or None."""
+    cells: Cells
+    targets: Targets
+    options: Options
+    workspace: int
+    occupancy_floor: float
+
+    @property
+    def dtype(self) -> str:
+        """Of sums, losses and occupancies."""
+        return COMPUTE[self.joint.encoder.dtype.name]
+
+    @property
+    def operand(self) -> str:
+        """Of the matrix products' operands: the host widens half types, whose products it cannot make fast."""
+        return self.dtype if self.processor.host else str(self.joint.encoder.dtype.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a problem is cut. A function of shapes, lengths and workspace alone."""
+
+    strips: int
+    tile: int
+    """Cells."""
+    groups: tuple[tuple[int, int], ...]
+    """First and past the last utterance of each."""
+    retained: tuple[bool, ...]
+    """Whether a group's logits stay in the workspace."""
+
+
+def plan(of: Problem) -> Plan:
+    """Cut a problem so that all temporary memory stays within its workspace, or raise with the least that would do."""
+    size = numpy_dtype(of.dtype).itemsize
+    classes, features = of.weight.shape
+    columns = int(of.cells.labels.max()) + 1
+    per_cell = 5 * size + 2 * lattice.scaled_bytes(of.dtype)
+    per_row = 8
+    # Exchange rows of lattices that are wider than the shared memory, the table of utterances, losses.
+    per_utterance = 4 * lattice.scaled_bytes(of.dtype) * lattice.scratch_columns(columns) + 64
+    counts, frames = of.cells.counts, of.cells.frames
+    arrays = per_cell * counts + per_row * frames + per_utterance
+    widened = classes * (features + 1) * size if of.operand != of.joint.encoder.dtype.name else 0
+    split = of.operand != of.dtype  # a half-type gradient beside float32 logits
+    halves = numpy_dtype(of.operand).itemsize
+
+    def fixed(strips: int, tile: int) -> int:
+        of_tile = tile * (classes * (size + (halves if split else 0)) + features * (halves + size) + size)
+        sums = 0 if strips == 1 else classes * (features + 1) + columns * features
+        product = classes * features if of.processor.host else 0
+        return strips * (of_tile + (sums + product) * size)
+
+    full_tile = max(32, of.processor.tile_bytes // (classes * size))
+    full_tile = min(full_tile, -(-int(counts.sum()) // of.processor.strips) + 1)
+    shapes = [(strips, full_tile) for strips in (8, 4, 2) if strips <= of.processor.strips]
+    tile = full_tile
+    while tile > 8:
+        shapes.append((1, tile))
+        tile //= 2
+    shapes.append((1, min(full_tile, 8)))
+    least = fixed(*shapes[-1]) + widened + int(arrays.max())
+    if least > of.workspace:
+        raise ValueError(f"workspace: expected at least {least} bytes for one tile and the longest utterance, got {of.workspace}")
+    strips, tile = next(
+        shape for shape in shapes
+        if fixed(*shape) + widened <= of.workspace // 2 and fixed(*shape) + widened + int(arrays.max()) <= of.workspace
+        or shape == shapes[-1]
+    )  # fmt: skip
+    room = of.workspace - fixed(strips, tile) - widened
+    with_logits = arrays + classes * size * counts
+
+    groups, retained = [], []
+    begin, batch = 0, len(counts)
+    while begin < batch:
+        keep = bool(with_logits[begin] <= room)
+        cost = with_logits if keep else arrays
+        end, spent, cells = begin + 1, int(cost[begin]), int(counts[begin])
+        while end < batch and spent + cost[end] <= room and cells < of.processor.group_cells:
+            spent, cells, end = spent + int(cost[end]), cells + int(counts[end]), end + 1
+        groups.append((begin, end))
+        retained.append(keep)
+        begin = end
+    return Plan(strips, tile, tuple(groups), tuple(retained))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What pass two needs of one group. Never modified."""
+
+    normaliser: Any
+    occupancy: tuple[Any, Any]
+    logits: Any
+    """Exponentials of all of the group's cells, or None where they are to be made again."""
+
+
+@dataclasses.dataclass
+class Gradients:
+    """Sums in the compute dtype: the framework's arrays, and views of them."""
+
+    native: tuple[Any, Any, Any, Any]
+    encoder: Any
+    predictor: Any
+    weight: Any
+    bias: Any
+    kept: int = 0
+
+
+@dataclasses.dataclass
+class _Tile:
+    """Scratch of one task."""
+
+    hidden: Any
+    logits: Any
+    gradient: Any
+    hidden_gradient: Any
+    product: Any
+
+
+@dataclasses.dataclass
+class _Strip:
+    """Sums of the tiles of one strip, which lie in order. `carry`: of the utterance that an earlier strip began."""
+
+    weight: Any
+    bias: Any
+    carry: Any
+    used: bool = False
+    carried: int = -1
+
+
+class Engine:
+    """Runs one problem. Use inside ``with problem.processor``."""
+
+    def __init__(self, of: Problem) -> None:
+        self.of, self.plan, self.processor = of, plan(of), of.processor
+        processor, operand = self.processor, of.operand
+        widen = operand != of.joint.encoder.dtype.name
+        self.weight = of.weight.astype(operand) if widen else of.weight
+        self.bias = of.bias.astype(of.dtype) if of.bias is not None and str(of.bias.dtype.name) != of.dtype else of.bias
+        self.classes, self.features = of.weight.shape
+        self.ones = processor.to_device(np.ones((self.plan.tile, 1), numpy_dtype(operand)))
+        most = max(
+            (int(of.cells.counts[slice(*g)].sum()) for g, k in zip(self.plan.groups, self.plan.retained, strict=True) if k),
+            default=0,
+        )
+        self.retained = processor.empty((most, self.classes), of.dtype) if most else None
+        cells = max(int(of.cells.counts[slice(*g)].sum()) for g in self.plan.groups)
+        self.scratch = processor.empty((2 * lattice.scaled_bytes(of.dtype) * cells + 16,), "uint8")
+        self.tiles = Workers(self._tile, min(processor.threads, self.plan.strips))
+
+    def _tile(self) -> _Tile:
+        empty, tile, of = self.processor.empty, self.plan.tile, self.of
+        logits = empty((tile, self.classes), of.dtype)
+        return _Tile(
+            hidden=empty((tile, self.features), of.operand),
+            logits=logits,
+            gradient=logits if of.operand == of.dtype else empty((tile, self.classes), of.operand),
+            hidden_gradient=empty((tile, self.features), of.dtype),
+            product=empty((self.classes, self.features), of.dtype) if self.processor.host else None,
+        )
+
+    def groups(self) -> Iterator[tuple[Group, bool]]:
+        """The groups, and whether the workspace holds their logits."""
+        for (begin, end), retained in zip(self.plan.groups, self.plan.retained, strict=True):
+            yield self.of.cells.group(self.processor, begin, end), retained
+
+    def arcs(self, group: Group, keep: bool) -> tuple[softmax.Arcs, Any]:
+        """Pass one: arcs of a group's cells, and with `keep` the exponentials of their logits."""
+        arcs = softmax.empty_arcs(self.processor, group.cells, self.of.dtype)
+        logits = self.retained[: group.cells] if keep else None
+        self.processor.run([
+            functools.partial(self._arcs_of_tile, group, arcs, logits, begin, end)
+            for begin, end in _spans(0, group.cells, self.plan.tile)
+        ])
+        return arcs, logits
+
+    def _logits(self, group: Group, kept: Any, begin: int, hidden: Any, logits: Any, loss: Any = None) -> None:
+        joint.forward(self.processor, group, self.of.joint, kept, begin, hidden, loss)
+        self.processor.gemm(hidden, self.weight.T, logits)
+        if self.bias is not None:
+            logits += self.bias
+
+    def _arcs_of_tile(self, group: Group, arcs: softmax.Arcs, retained: Any, begin: int, end: int) -> None:
+        with self.tiles.one() as tile:
+            logits = tile.logits[: end - begin] if retained is None else retained[begin:end]
+            self._logits(group, None, begin, tile.hidden[: end - begin], logits)
+            softmax.forward(
+                self.processor, group, logits, self.of.targets, self.of.options, arcs, begin, end - begin,
+                keep=retained is not None, alone=True,
+            )  # fmt: skip
+
+    def occupancy(self, group: Group, arcs: softmax.Arcs, loss: Any, reported: Any, gradient: bool) -> tuple[Any, Any] | None:
+        """Loss of the group's utterances; and effective occupancies where there will be a `gradient`."""
+        values = lattice.sums(self.processor, group, arcs, self.of.options, loss, reported, self.scratch)
+        if not gradient:
+            return None
+        pair = (
+            self.processor.empty((group.cells,), self.of.dtype),
+            self.processor.empty((group.cells,), self.of.dtype),
+        )
+        lattice.occupancy(self.processor, group, arcs, self.of.options, values, True, pair)
+        return pair
+
+    def gradients(self) -> Gradients:
+        """Zeros to add to."""
+        of, processor = self.of, self.processor
+        pairs = [
+            processor.output(array.shape, of.dtype, zero=True)
+            for array in (of.joint.encoder, of.joint.predictor, of.weight, of.bias)
+            if array is not None
+        ]
+        natives, views = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if of.bias is None:
+            natives, views = [*natives, None], [*views, None]
+        return Gradients(tuple(natives), *views)
+
+    def strips(self, gradients: Gradients) -> list[_Strip]:
+        """Partial sums, one for each strip; a lone strip adds straight into the gradients."""
+        if self.plan.strips == 1:
+            return [_Strip(gradients.weight, gradients.bias, None, used=True)]
+        empty, of = self.processor.empty, self.of
+        columns = int(of.cells.labels.max()) + 1
+        return [
+            _Strip(
+                empty((self.classes, self.features), of.dtype),
+                None if of.bias is None else empty((self.classes,), of.dtype),
+                empty((columns, self.features), of.dtype),
+            )
+            for _ in range(self.plan.strips)
+        ]
+
+    def backward(
+        self, group: Group, saved: Saved, loss: Any, weights: Any, weight: float, strips: list[_Strip], gradients: Gradients
+    ) -> None:
+        """Pass two: add the gradient of ``weight * sum_b weights_b loss_b`` of a group to the strips and `gradients`."""
+        if self.of.occupancy_floor > 0:
+            kept = compact.kept_cells(
+                self.processor, group, saved.occupancy, loss, weights, self.of.occupancy_floor, self.scratch
+            )
+        else:
+            kept = compact.Kept(None, None, group.cells, None)
+        gradients.kept += kept.count
+        bounds = self._bounds(group, kept)
+        tasks = []
+        for strip, begin, end in zip(strips, bounds, bounds[1:], strict=False):
+            strip.carried = -1
+            if end > begin:
+                tasks.append(functools.partial(
+                    self._backward_of_strip, strip, group, saved, kept, begin, end, loss, weights, weight, gradients
+                ))  # fmt: skip
+        self.processor.run(tasks)
+        for strip in strips:
+            if strip.carried >= 0:
+                labels = int(self.of.cells.labels[group.begin + strip.carried]) + 1
+                gradients.predictor[group.begin + strip.carried, :labels] += strip.carry[:labels]
+
+    def _bounds(self, group: Group, kept: compact.Kept) -> list[int]:
+        """Where strips begin in the list of kept cells: about equal parts, each beginning with a lattice row."""
+        if self.plan.strips == 1:
+            return [0, kept.count]
+        if kept.before_row is None:
+            part = slice(group.begin, group.begin + group.count)
+            starts = np.concatenate([[0], np.cumsum(np.repeat(self.of.cells.width[part], self.of.cells.frames[part]))])
+        else:
+            starts = kept.before_row
+        wanted = [kept.count * strip // self.plan.strips for strip in range(self.plan.strips + 1)]
+        return [int(starts[i]) for i in np.searchsorted(starts, wanted)]
+
+    def _utterances(self, group: Group, kept: compact.Kept, begin: int, end: int) -> tuple[int, int]:
+        """Utterances of the group that have one of the kept cells [begin, end); on CUDA only the device knows."""
+        if not self.processor.host:
+            return 0, group.count
+        cells = (begin, end - 1) if kept.cells is None else kept.cells.view(np.int64)[[begin, end - 1]]
+        low, high = np.searchsorted(group.offsets, cells, side="right") - 1
+        return int(low), int(high) + 1
+
+    def _backward_of_strip(
+        self, strip: _Strip, group: Group, saved: Saved, kept: compact.Kept, begin: int, end: int, loss: Any,
+        weights: Any, weight: float, gradients: Gradients,
+    ) -> None:  # fmt: skip
+        of, processor = self.of, self.processor
+        if self.plan.strips > 1:
+            first = self._utterances(group, kept, begin, begin + 1)[0]
+            start = group.offsets[first] if kept.positions is None else kept.positions.view(np.int64)[group.offsets[first]]
+            if start < begin:
+                strip.carried = first
+                strip.carry[...] = 0
+        with self.tiles.one() as tile:
+            for low, high in _spans(begin, end, self.plan.tile):
+                cells = high - low
+                hidden, gradient, hidden_gradient = (
+                    buffer[:cells] for buffer in (tile.hidden, tile.gradient, tile.hidden_gradient)
+                )
+                logits = tile.logits[:cells]
+                if saved.logits is None:
+                    self._logits(group, kept.cells, low, hidden, logits, loss)
+                else:
+                    joint.forward(processor, group, of.joint, kept.cells, low, hidden, loss)
+                    logits = saved.logits
+                softmax.backward(
+                    processor, group, kept.cells, low, logits, saved.logits is not None, saved.logits is not None,
+                    of.targets, of.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
+                )  # fmt: skip
+                # The first product is written, not added: the partial sums need no zeros.
+                processor.gemm(gradient.T, hidden, strip.weight, tile.product if strip.used else None)
+                if strip.bias is not None:
+                    column_sums = gradient.T @ self.ones[:cells, 0]
+                    strip.bias[...] = strip.bias + column_sums if strip.used else column_sums
+                strip.used = True
+                processor.gemm(gradient, self.weight, hidden_gradient)
+                joint.backward(
+                    processor, group, of.joint, kept.cells, kept.positions, low, self._utterances(group, kept, low, high),
+                    hidden, hidden_gradient, gradients.encoder, gradients.predictor, strip.carried, strip.carry,
+                )  # fmt: skip
+
+    def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
+        """Add the strips' sums, in order."""
+        if self.plan.strips > 1:
+            for strip in strips:
+                if strip.used:
+                    gradients.weight += strip.weight
+                    if strip.bias is not None:
+                        gradients.bias += strip.bias
+        return gradients
+
+
+def _spans(begin: int, end: int, most: int) -> list[tuple[int, int]]:
+    """[begin, end) in equal parts of at most `most`: no short tile at the end, whose matrix products would be slow."""
+    parts = max(1, -(-(end - begin) // most))
+    bounds = [begin + (end - begin) * part // parts for part in range(parts + 1)]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+@contextlib.contextmanager
+def running(of: Problem) -> Iterator[Engine]:
+    """The engine of a problem, on its processor."""
+    with of.processor:
+        yield Engine(of)

@@ -1,0 +1,70 @@
+"""Launches of `kernels/joint.cu`: encoder and predictor to hidden features, and the gradient back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transducer_loss.arrays import element_strides
+from transducer_loss.cells import Group
+
+ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """The joint network up to its output layer."""
+
+    encoder: Any
+    """(B, T, H), features dense."""
+    predictor: Any
+    """(B, U+1, H), features dense."""
+    activation: int
+    dropout: float
+    seed: int
+
+    @property
+    def features(self) -> int:
+        """H."""
+        return int(self.encoder.shape[-1])
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """As every joint kernel takes them."""
+        return (
+            self.encoder, *element_strides(self.encoder)[:2], self.predictor, *element_strides(self.predictor)[:2],
+            self.features, self.activation, self.dropout, self.seed,
+        )  # fmt: skip
+
+
+def forward(
+    processor: Any, group: Group, joint: Joint, kept: Any, begin: int, hidden: Any, loss: Any = None, alone: bool = True
+) -> None:
+    """Hidden features of the items begin.. of the list `kept` (None: of the group's cells), a row of `hidden` each."""
+    processor.launch(
+        f"joint_forward<{joint.encoder.dtype.name},{hidden.dtype.name}>", len(hidden), joint.features,
+        len(hidden), begin, kept, group.table, group.count, group.first, *joint.inputs, loss, hidden, alone=alone,
+    )  # fmt: skip
+
+
+def backward(
+    processor: Any, group: Group, joint: Joint, kept: Any, positions: Any, begin: int, utterances: tuple[int, int],
+    hidden: Any, hidden_gradient: Any, encoder_gradient: Any, predictor_gradient: Any, carried: int, carry: Any,
+) -> None:  # fmt: skip
+    """Add a tile's gradient to those of encoder and predictor; `hidden_gradient` is worked on in place.
+
+    Only the group's `utterances` [begin, end) have cells in the tile. The predictor's gradient of utterance `carried` of the
+    group goes to `carry`.
+    """
+    table, count = group.select(*utterances)
+    source = joint.encoder.dtype.name
+    processor.launch(
+        f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden), joint.features,
+        len(hidden), begin, kept, table, count, group.first, *joint.inputs, hidden, hidden_gradient,
+        encoder_gradient, encoder_gradient.shape[1], alone=True,
+    )  # fmt: skip
+    processor.launch(
+        f"joint_backward_predictor<{hidden_gradient.dtype.name}>", count * group.columns, joint.features,
+        group.columns, len(hidden), begin, kept, positions, table, count, group.first, joint.features, hidden_gradient,
+        predictor_gradient, predictor_gradient.shape[1], carried - utterances[0], carry, alone=True,
+    )  # fmt: skip

@@ -1,0 +1,258 @@
+"""The transducer loss fused with the joint network, which never makes the (B, T, U+1, V) logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from transducer_loss.arrays import element_strides
+from transducer_loss.cells import Cells
+from transducer_loss.checks import (
+    Options,
+    choice,
+    expect_shape,
+    finite,
+    float_array,
+    lengths,
+    targets_for,
+    weights_for,
+)
+from transducer_loss.engine import Engine, Gradients, Problem, Saved, running
+from transducer_loss.joint import ACTIVATIONS, Joint
+from transducer_loss.logits_loss import raise_infeasible
+from transducer_loss.processors import Allocate, processor_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Grads:
+    """Gradients of `joint_rnnt_loss`, each shaped as its input.
+
+    Attributes
+    ----------
+    encoder, predictor, weight, bias : array
+        `bias` is None where there is none.
+    dropped : float
+        Share of the cells that needed no gradient, in [0, 1].
+    """
+
+    encoder: Any
+    predictor: Any
+    weight: Any
+    bias: Any
+    dropped: float
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def workspace_bytes(workspace: int | str | None, default: int) -> int:
+    """Bytes of ``"256MiB"``, ``"1 GB"``, a number of bytes, or None."""
+    if workspace is None:
+        return default
+    if isinstance(workspace, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", workspace)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f"workspace: expected bytes or a size as '256MiB', got {workspace!r}")
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    if isinstance(workspace, bool) or not isinstance(workspace, (int, np.integer)):
+        raise TypeError(f"workspace: expected an int or a str, got {type(workspace).__name__}")
+    if workspace <= 0:
+        raise ValueError(f"workspace: expected more than 0 bytes, got {workspace}")
+    return int(workspace)
+
+
+def problem(
+    encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
+    activation: str = "tanh", dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
+    occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None,
+    **options: Any,
+) -> Problem:  # fmt: skip
+    """Check the arguments of the joint-fused losses."""
+    encoder = float_array(encoder, "encoder", "B T H")
+    predictor = float_array(predictor, "predictor", "B U+1 H", encoder, "encoder")
+    weight = float_array(weight, "weight", "V H", encoder, "encoder")
+    batch, most_frames, features = encoder.shape
+    classes = weight.shape[0]
+    expect_shape(predictor, "predictor", "(B, U+1, H)", (batch, predictor.shape[1], features))
+    expect_shape(weight, "weight", "(V, H)", (classes, features))
+    if bias is not None:
+        bias = float_array(bias, "bias", "V", encoder, "encoder")
+        expect_shape(bias, "bias", "(V,)", (classes,))
+    if options.pop("normalized", False):
+        raise ValueError("normalized: expected False, as the joint makes logits, got True")
+    checked = Options.checked(classes, normalized=False, **options)
+    if not 0.0 <= finite(dropout, "dropout") < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if not 0.0 <= finite(occupancy_floor, "occupancy_floor") < 1.0:
+        raise ValueError(f"occupancy_floor: expected a share in [0, 1), got {occupancy_floor}")
+    kind = choice(activation, ACTIVATIONS, "activation")
+    frames = lengths(encoder_lengths, "encoder_lengths", batch, 1, most_frames, "T")
+    labels = lengths(target_lengths, "target_lengths", batch, 0, predictor.shape[1] - 1, "U")
+    processor = processor_for(encoder, threads, allocate)
+    with processor:
+        # Kernels read features in order; the rest may have any strides.
+        encoder, predictor = (
+            array if array.shape[-1] == 1 or element_strides(array)[-1] == 1 else array.copy() for array in (encoder, predictor)
+        )
+        return Problem(
+            processor, Joint(encoder, predictor, kind, float(dropout), int(seed) & (1 << 63) - 1), weight, bias,
+            Cells.full(frames, labels), targets_for(targets, processor, labels, classes, checked, validate), checked,
+            workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A loss and what belongs to it."""
+
+    native: Any
+    """(B,) array of the caller's framework."""
+    loss: Any
+    """(B,) with +inf where there is no path, whatever `native` reports."""
+    saved: list[Saved]
+    """One for each group, where the gradient is made later."""
+    gradients: Gradients | None
+
+
+def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: bool = True, later: bool = False) -> Forward:
+    """Losses; and the gradient of ``weight * sum_b weights_b loss_b``, or `later` what is needed to make it."""
+    with running(of) as engine:
+        batch = len(of.cells.frames)
+        loss = engine.processor.empty((batch,), of.dtype)
+        native, reported = engine.processor.output((batch,), of.dtype)
+        now = gradient and not later
+        gradients = engine.gradients() if now else None
+        strips = [] if gradients is None else engine.strips(gradients)
+        everything = []
+        for group, retained in engine.groups():
+            keep = retained and now
+            arcs, logits = engine.arcs(group, keep)
+            occupancy = engine.occupancy(group, arcs, loss, reported, gradient)
+            if occupancy is None:
+                continue
+            saved = Saved(arcs.normaliser, occupancy, logits)
+            if gradients is None:
+                everything.append(saved)
+            else:
+                engine.backward(group, saved, loss, weights, weight, strips, gradients)
+        raise_infeasible(engine.processor, loss, of.options)
+        return Forward(native, loss, everything, None if gradients is None else engine.finish(strips, gradients))
+
+
+def backward(of: Problem, done: Forward, weights: Any) -> Gradients:
+    """Gradient of ``sum_b weights_b loss_b`` by pass two alone."""
+    with running(of) as engine:
+        gradients = engine.gradients()
+        strips = engine.strips(gradients)
+        for (group, _), saved in zip(engine.groups(), done.saved, strict=True):
+            engine.backward(group, saved, done.loss, weights, 1.0, strips, gradients)
+        return engine.finish(strips, gradients)
+
+
+def dropped_share(of: Problem, gradients: Gradients) -> float:
+    """Share of the cells that needed no gradient."""
+    return 1.0 - gradients.kept / int(of.cells.counts.sum())
+
+
+def joint_rnnt_loss(
+    encoder: Any,
+    predictor: Any,
+    weight: Any,
+    bias: Any,
+    targets: Any,
+    encoder_lengths: Any,
+    target_lengths: Any,
+    *,
+    activation: str = "tanh",
+    blank: int = 0,
+    topology: str = "regular",
+    dropout: float = 0.0,
+    seed: int = 0,
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    hat: bool = False,
+    infeasible: str = "inf",
+    weights: Any = None,
+    gradient: bool = True,
+    workspace: int | str | None = None,
+    occupancy_floor: float = 1e-6,
+    validate: bool = False,
+) -> tuple[Any, Grads | None]:
+    """Transducer loss of ``logits(t, u) = weight @ activation(encoder_t + predictor_u) + bias``, in bounded memory.
+
+    The same number as these lines, without their (B, T, U+1, V) and (B, T, U+1, H) arrays::
+
+        hidden = activation(encoder[:, :, None] + predictor[:, None])
+        loss, grad = rnnt_loss(hidden @ weight.T + bias, targets, encoder_lengths, target_lengths)
+
+    Parameters
+    ----------
+    encoder : (B, T, H) array
+        float16, bfloat16, float32 or float64; projected to the joint's features. Padding may hold anything.
+    predictor : (B, U+1, H) array
+        Likewise; row u follows label u, row 0 the start.
+    weight : (V, H) array
+        The output layer (``kernel.T`` of Keras and Flax).
+    bias : (V,) array or None
+        Of the output layer.
+    targets, encoder_lengths, target_lengths, blank, topology, fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
+        As of `rnnt_loss`.
+    activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
+        Of the hidden features; "gelu" is the exact one, "leaky_relu" has slope 0.01.
+    dropout : float
+        Probability that a hidden feature is zeroed; the others are scaled by ``1 / (1 - dropout)``.
+    seed : int
+        Of the dropout: the same mask for the same seed, whatever the batch is cut into.
+    gradient : bool
+        Whether to make the gradients.
+    workspace : int or str, optional
+        Bound on all temporary memory, in bytes or as "256MiB" (the default on the host; 1 GiB on CUDA). Larger is faster up to
+        the point where a group's logits fit.
+    occupancy_floor : float
+        Cells that the paths of an utterance use less than ``occupancy_floor * (T_b + U_b) / cells_b`` times get no gradient: all
+        dropped ones together are used less than ``occupancy_floor * (T_b + U_b)`` times. 0 keeps every cell.
+
+    Returns
+    -------
+    loss : (B,) array
+        float32, or float64 for float64 inputs.
+    grads : Grads or None
+        Of ``sum_b weights_b loss_b``, in the inputs' dtype.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came; for a `workspace` too small, the least that would do.
+
+    Notes
+    -----
+    Two passes over tiles of cells (sample-wise training, arXiv 2211.16270, is the case of one utterance at a time); see
+    `transducer_loss.engine`. Sums run in one order, so the same input gives the same bits for any number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np, transducer_loss as tl
+    >>> rng = np.random.default_rng(0)
+    >>> encoder, predictor = rng.normal(size=(2, 30, 16)), rng.normal(size=(2, 8, 16))
+    >>> weight, bias = rng.normal(size=(50, 16)), np.zeros(50)
+    >>> targets = rng.integers(1, 50, size=(2, 7))
+    >>> loss, grads = tl.joint_rnnt_loss(encoder, predictor, weight, bias, targets, [30, 21], [7, 4])
+    >>> loss.shape, grads.weight.shape
+    ((2,), (50, 16))
+    """
+    of = problem(
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, dropout=dropout,
+        seed=seed, workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology,
+        fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+    )  # fmt: skip
+    with of.processor:
+        utterance_weights = weights_for(weights, of.processor, len(of.cells.frames), of.dtype)
+    done = forward(of, utterance_weights, gradient=gradient)
+    if done.gradients is None:
+        return done.native, None
+    kind = of.joint.encoder.dtype
+    arrays = (None if native is None else native.astype(kind, copy=False) for native in done.gradients.native)
+    return done.native, Grads(*arrays, dropped_share(of, done.gradients))

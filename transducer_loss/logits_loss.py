@@ -1,0 +1,207 @@
+"""The transducer loss of logits that the caller has made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from transducer_loss import lattice, softmax
+from transducer_loss.arrays import COMPUTE
+from transducer_loss.cells import Cells, Group
+from transducer_loss.checks import Options, Targets, expect_shape, float_array, lengths, targets_for, weights_for
+from transducer_loss.processors import Allocate, processor_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Checked arguments of `rnnt_loss`, on their processor."""
+
+    processor: Any
+    logits: Any
+    cells: Cells
+    group: Group
+    targets: Targets
+    options: Options
+
+    @property
+    def dtype(self) -> str:
+        """Of losses and occupancies."""
+        return COMPUTE[self.logits.dtype.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What the gradient needs beside the logits: 12 bytes a cell (24 for float64). Never modified."""
+
+    normaliser: Any
+    blank_occupancy: Any
+    label_occupancy: Any
+
+
+def problem(
+    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, *, validate: bool = False,
+    threads: int | None = None, allocate: Allocate | None = None, **options: Any,
+) -> Problem:  # fmt: skip
+    """Check the arguments of `rnnt_loss`."""
+    packed = getattr(logits, "ndim", 0) == 2
+    array = float_array(logits, "logits", "cells V" if packed else "B T U+1 V")
+    checked = Options.checked(array.shape[-1], **options)
+    if packed:
+        batch = len(logit_lengths)
+        high_frames = high_labels = int(array.shape[0])
+    else:
+        batch, high_frames, high_labels = array.shape[0], array.shape[1], array.shape[2] - 1
+    if batch < 1:
+        raise ValueError("logit_lengths: expected at least one utterance, got none")
+    frames = lengths(logit_lengths, "logit_lengths", batch, 1, high_frames, "cells" if packed else "T")
+    labels = lengths(target_lengths, "target_lengths", batch, 0, high_labels, "cells" if packed else "U")
+    cells = Cells.full(frames, labels)
+    if packed:
+        expect_shape(array, "logits", "(sum of T_b (U_b + 1), V)", (int(cells.counts.sum()), array.shape[1]))
+    processor = processor_for(array, threads, allocate)
+    with processor:
+        checked_targets = targets_for(targets, processor, labels, array.shape[-1], checked, validate)
+        return Problem(processor, array, cells, cells.group(processor), checked_targets, checked)
+
+
+def forward(of: Problem, effective: bool = True, keep: bool = True) -> tuple[Any, Any, Saved | None]:
+    """Loss (B,) as the caller's framework's array and as its view; and, with `keep`, what the gradient needs."""
+    with of.processor as processor:
+        arcs = softmax.empty_arcs(processor, of.group.cells, of.dtype)
+        softmax.forward(processor, of.group, of.logits, of.targets, of.options, arcs)
+        loss = processor.empty((of.group.count,), of.dtype)
+        native, reported = processor.output((of.group.count,), of.dtype)
+        values = lattice.sums(processor, of.group, arcs, of.options, loss, reported)
+        raise_infeasible(processor, loss, of.options)
+        if not keep:
+            return native, reported, None
+        occupancy = (processor.empty((of.group.cells,), of.dtype), processor.empty((of.group.cells,), of.dtype))
+        lattice.occupancy(processor, of.group, arcs, of.options, values, effective, occupancy)
+        return native, reported, Saved(arcs.normaliser, *occupancy)
+
+
+def backward(of: Problem, saved: Saved, weights: Any, inplace: bool) -> Any:
+    """Gradient of ``sum_b weights_b loss_b`` by the logits, in a new array or over them."""
+    with of.processor as processor:
+        native, gradient = (of.logits, of.logits) if inplace else processor.output(of.logits.shape, of.logits.dtype.name)
+        softmax.backward_logits(
+            processor, of.group, of.logits, of.targets, of.options, saved.normaliser,
+            (saved.blank_occupancy, saved.label_occupancy), weights, gradient,
+        )  # fmt: skip
+        return native
+
+
+def raise_infeasible(processor: Any, loss: Any, options: Options) -> None:
+    """Raise where an utterance has no path and ``infeasible="raise"``; synchronises, then."""
+    if options.infeasible == "raise":
+        without = np.flatnonzero(np.isposinf(processor.to_host(loss)))
+        if without.size:
+            raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
+
+
+def rnnt_loss(
+    logits: Any,
+    targets: Any,
+    logit_lengths: Any,
+    target_lengths: Any,
+    *,
+    blank: int = 0,
+    topology: str = "regular",
+    normalized: bool = False,
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    hat: bool = False,
+    infeasible: str = "inf",
+    weights: Any = None,
+    gradient: bool = True,
+    inplace: bool = False,
+    validate: bool = False,
+) -> tuple[Any, Any]:
+    """Transducer (RNN-T) loss of logits, and its gradient.
+
+    The negative log-probability of the targets, summed over all alignments; with ``normalized=False`` the softmax is part of
+    the loss, and the gradient is by the logits.
+
+    Parameters
+    ----------
+    logits : (B, T, U+1, V) or (cells, V) array
+        float16, bfloat16, float32 or float64, any strides: NumPy, CuPy, or anything with ``__dlpack__``. Packed logits hold
+        only the real cells, utterance after utterance, in each the T_b rows of U_b + 1 cells.
+    targets : (B, U) array or nested list of int
+        Labels. Those beyond U_b are never read.
+    logit_lengths, target_lengths : (B,) array or list of int
+        T_b >= 1 and U_b >= 0. On a device they cost one synchronising copy, on the host nothing.
+    blank : int
+        Class of the blank; negative counts from the end.
+    topology : {"regular", "modified", "constrained"}
+        Whether a label stays in its frame (Graves 2012), moves to the next one, or moves and also pays the blank above it.
+    normalized : bool
+        `logits` are log-probabilities already; the gradient is by them.
+    fastemit_lambda : float
+        FastEmit (arXiv 2010.11148): the gradient of label arcs is scaled by ``1 + fastemit_lambda``; the loss is not.
+    delay_penalty : float
+        Added to a label's log-probability as ``delay_penalty * ((T_b - 1) / 2 - t)`` (arXiv 2211.00490); any sign.
+    hat : bool
+        Hybrid autoregressive transducer (arXiv 2003.07705): the blank is a sigmoid, the labels a softmax without it.
+    infeasible : {"inf", "zero", "raise"}
+        Loss of an utterance without any path; its gradient is 0. ``"raise"`` synchronises.
+    weights : (B,) array or list of float, optional
+        Any sign; all 1 by default.
+    gradient : bool
+        Whether to make it.
+    inplace : bool
+        Write the gradient over `logits`, which saves its memory.
+    validate : bool
+        Also check targets that are on a device, which synchronises. Unchecked, an utterance with a label out of range has loss
+        NaN and gradient 0.
+
+    Returns
+    -------
+    loss : (B,) array
+        float32, or float64 for float64 logits, not weighted. NaN for an utterance with a NaN or +inf logit, or log-probability,
+        whose gradient is 0; a logit of -inf is a probability of 0.
+    grad : array like `logits`, or None
+        Of ``sum_b weights_b loss_b``; 0 in the padding.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+
+    Notes
+    -----
+    Temporary memory: 36 bytes a cell (72 for float64). The same input gives the same bits for any number of threads, which is
+    ``OMP_NUM_THREADS`` or the number of available processors.
+
+    Examples
+    --------
+    Uniform logits have a closed form, ``(T + U) log V - log C(T - 1 + U, U)``:
+
+    >>> import numpy as np, transducer_loss as tl
+    >>> loss, grad = tl.rnnt_loss(np.zeros((1, 4, 3, 5), np.float32), [[1, 2]], [4], [2])
+    >>> bool(np.isclose(loss[0], 6 * np.log(5) - np.log(10)))
+    True
+    >>> grad.shape
+    (1, 4, 3, 5)
+    """
+    of = problem(
+        logits, targets, logit_lengths, target_lengths, validate=validate, blank=blank, topology=topology,
+        normalized=normalized, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+    )  # fmt: skip
+    check_inplace(of, gradient and inplace)
+    with of.processor:
+        utterance_weights = weights_for(weights, of.processor, of.group.count, of.dtype)
+    loss, _, saved = forward(of, keep=gradient)
+    return loss, None if saved is None else backward(of, saved, utterance_weights, inplace)
+
+
+def check_inplace(of: Problem, inplace: bool) -> None:
+    """Raise where a gradient cannot be written over the logits."""
+    if not inplace:
+        return
+    if any(stride == 0 and size > 1 for stride, size in zip(of.logits.strides, of.logits.shape, strict=True)):
+        raise ValueError("logits: expected no broadcast dimension with inplace=True, got strides of 0")
+    if of.processor.host and not of.logits.flags.writeable:
+        raise ValueError("logits: expected a writable array with inplace=True, got a read-only one")

@@ -1,0 +1,72 @@
+"""Launches of `kernels/softmax.cu`: logits to arcs, occupancies to the gradient of the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from transducer_loss.arrays import element_strides
+from transducer_loss.cells import Group
+from transducer_loss.checks import Options, Targets
+
+
+class Arcs(NamedTuple):
+    """Per cell: log-probabilities of the blank and of the label arc, and what the gradient needs to make probabilities."""
+
+    log_blank: Any
+    log_label: Any
+    normaliser: Any
+
+
+def empty_arcs(processor: Any, cells: int, dtype: str) -> Arcs:
+    """Arrays for the arcs of a number of cells."""
+    return Arcs(*(processor.empty((cells,), dtype) for _ in range(3)))
+
+
+def _strides(logits: Any) -> tuple[int, int, int, int, int]:
+    """Whether logits are packed (cells, V), and their strides by utterance, frame, label (or cell) and class."""
+    if logits.ndim == 2:
+        return (1, 0, 0, *element_strides(logits))
+    return (0, *element_strides(logits))
+
+
+def forward(
+    processor: Any, group: Group, logits: Any, targets: Targets, options: Options, arcs: Arcs,
+    begin: int = 0, cells: int | None = None, keep: bool = False, alone: bool = False,
+) -> None:  # fmt: skip
+    """Arcs of cells [begin, begin + cells) of the group from their logits, padded or packed."""
+    count, classes = group.cells if cells is None else cells, logits.shape[-1]
+    processor.launch(
+        f"softmax_forward<{logits.dtype.name}>", count, classes,
+        count, begin, group.table, group.count, group.first, logits, *_strides(logits), classes,
+        *targets.arguments, options.blank, options.distribution, int(keep), *arcs, alone=alone,
+    )  # fmt: skip
+
+
+def backward(
+    processor: Any, group: Group, kept: Any, begin: int, logits: Any, by_cell: bool, exponentials: bool, targets: Targets,
+    options: Options, normaliser: Any, occupancy: tuple[Any, Any], weights: Any, weight: float, gradient: Any,
+) -> None:  # fmt: skip
+    """Gradient of a tile's logits, row i for item begin + i of the list `kept` (None: of the group's cells)."""
+    cells, classes = gradient.shape
+    processor.launch(
+        f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
+        cells, begin, kept, group.table, group.count, group.first, logits, int(by_cell), int(exponentials), classes,
+        *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights, weight, gradient,
+        alone=True,
+    )  # fmt: skip
+
+
+def backward_logits(
+    processor: Any, group: Group, logits: Any, targets: Targets, options: Options, normaliser: Any,
+    occupancy: tuple[Any, Any], weights: Any, gradient: Any,
+) -> None:  # fmt: skip
+    """Gradient of the caller's logits, zeros in the padding; `gradient` may be `logits`."""
+    classes = logits.shape[-1]
+    frames, columns = (0, 0) if logits.ndim == 2 else logits.shape[1:3]
+    rows = logits.shape[0] if logits.ndim == 2 else logits.shape[0] * frames * columns
+    processor.launch(
+        f"softmax_backward_logits<{logits.dtype.name}>", rows, classes,
+        rows, group.table, group.count, group.first, frames, columns, logits, *_strides(logits), classes,
+        *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights,
+        gradient, *_strides(gradient)[1:],
+    )  # fmt: skip
