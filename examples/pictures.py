@@ -27,11 +27,11 @@ def learning_curve(
         steps = np.arange(1, len(losses) + 1)
         left.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1, label="loss of each step")
         left.plot(steps, _moving_mean(losses, 20), color=BLUE, linewidth=2, label="loss, mean of 20 steps")
-        right.plot(evaluated_steps, [100 * rate for rate in error_rates], "o-", color=VERMILION, linewidth=2, label="error rate")
-        right.axhline(100 * target, color=VERMILION, linestyle=":", linewidth=1.5)
-        right.annotate(
-            f"{100 * target:g} %", (0, 100 * target), (3, 3), textcoords="offset points", color=VERMILION
+        right.plot(
+            evaluated_steps, [100 * rate for rate in error_rates], "o-", color=VERMILION, linewidth=2, label="error rate"
         )
+        right.axhline(100 * target, color=VERMILION, linestyle=":", linewidth=1.5)
+        right.annotate(f"{100 * target:g} %", (0, 100 * target), (3, 3), textcoords="offset points", color=VERMILION)
         left.set(xlabel="training step", ylabel="training loss (nats per utterance)", yscale="log", xlim=(0, len(losses)))
         right.set(ylabel="held-out character error rate (%)", yscale="log")
         right.yaxis.set_major_formatter("{x:g}")
@@ -77,15 +77,13 @@ def lattice(
     frames, positions = occupancy.shape
     seconds = max(frames * frame_period, len(features) * feature_period)
     with plt.rc_context(STYLE):
-        figure, (above, below) = plt.subplots(
-            2, 1, sharex=True, figsize=(9, 9), height_ratios=(1, 3), layout="constrained"
-        )
+        figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 9), height_ratios=(1, 3), layout="constrained")
         # Floored, or digital silence would take most of the colours.
         above.imshow(
             np.maximum(features, np.percentile(features, 5)).T, origin="lower", aspect="auto", cmap="Greys",
             extent=(0, len(features) * feature_period, 0, features.shape[1]),
         )  # fmt: skip
-        for word, start in zip(text.split(), word_starts):
+        for word, start in zip(text.split(), word_starts, strict=True):
             above.axvline(start, color=VERMILION, linewidth=1)
             above.annotate(
                 word, (start, 1), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",

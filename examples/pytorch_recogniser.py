@@ -15,17 +15,19 @@ import time
 import tracemalloc
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pictures
 import spoken_numbers
 import torch
-import transducer_loss
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from spoken_numbers import BLANK, Batch, Utterance
 from torch import Tensor, nn
 from transducer_loss.adapters.torch import joint_rnnt_loss
+
+import transducer_loss
 
 TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 2000, 400
 BATCH_SIZE = 32
@@ -66,7 +68,7 @@ class Encoder(nn.Module):
         window = torch.cat([past, features], dim=1)
         x = self.norms[0](self.convolution(window.transpose(1, 2)).relu().transpose(1, 2))
         following = [window[:, -SUBSAMPLING:]]
-        for layer, norm, before in zip(self.layers, self.norms[1:], hidden):
+        for layer, norm, before in zip(self.layers, self.norms[1:], hidden, strict=True):
             y, after = layer(x, before)
             x = norm(x + y)
             following.append(after)
@@ -107,7 +109,7 @@ class Recogniser(nn.Module):
 
 @dataclass
 class TensorBatch:
-    """A batch on the model's device, but for the lengths: on the host the loss reads them without waiting."""
+    """A batch on the model's device, but for the lengths: the loss reads them on the host without waiting for the device."""
 
     features: Tensor
     targets: Tensor
@@ -116,6 +118,7 @@ class TensorBatch:
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> TensorBatch:
+        """Move a batch to a device."""
         encoder_lengths = -(-batch.feature_lengths // SUBSAMPLING)
         return cls(
             torch.from_numpy(batch.features).to(device),
@@ -186,9 +189,7 @@ class Training:
     utterances_per_second: float = 0.0
 
 
-def train(
-    model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int
-) -> Training:
+def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int) -> Training:
     """Train a model, and follow its character error rate on the held-out utterances."""
     rng = np.random.default_rng(seed)
     device = model.output.weight.device
@@ -239,7 +240,7 @@ def character_error_rate(utterances: list[Utterance], hypotheses: list[str]) -> 
 
 @torch.no_grad()
 def loss_arguments(model: Recogniser, utterances: list[Utterance]) -> tuple[np.ndarray, ...]:
-    """What the loss takes, for utterances, as NumPy arrays: for the functions that look into it."""
+    """Make the arguments of the loss of some utterances, as NumPy arrays: for the functions that look into it."""
     batch = TensorBatch.of(spoken_numbers.batch(utterances), model.output.weight.device)
     encoder, _ = model.encoder(batch.features)
     predictor = model.predictor.sequence(batch.targets)
@@ -299,9 +300,7 @@ def synthesise(seed: int) -> tuple[list[Utterance], list[Utterance]]:
     columns = (TextColumn("speaking"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
-        return spoken_numbers.corpus(
-            TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance=lambda: bar.advance(task)
-        )
+        return spoken_numbers.corpus(TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance=lambda: bar.advance(task))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -317,80 +316,83 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def look_into(
+    model: Recogniser, training: list[Utterance], held_out: list[Utterance], done: Training, out: Path
+) -> dict[str, Any]:
+    """Draw the pictures, and gather the results that are known once training is over."""
+    heard = list(zip(held_out, done.hypotheses, strict=True))
+    right = (utterance for utterance, hypothesis in heard if hypothesis == utterance.text)
+    # Long enough to be of interest, short enough for the characters to be readable along an axis.
+    shown = next((utterance for utterance in right if 25 <= len(utterance.text) <= 40), held_out[0])
+    arguments = loss_arguments(model, [shown])
+    alignment = transducer_loss.align(*arguments, blank=BLANK).frames[0]
+    occupancy = transducer_loss.occupancy(*arguments, blank=BLANK)
+    pictures.learning_curve(out / "learning-curve.png", done.losses, done.evaluated_steps, done.error_rates, target=0.03)
+    pictures.lattice(
+        out / "lattice.png", shown.text, shown.features, spoken_numbers.FRAME_PERIOD, shown.word_starts,
+        (occupancy.blank + occupancy.label)[0], ENCODER_PERIOD, alignment,
+    )  # fmt: skip
+    longest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
+    largest = loss_arguments(model, longest)
+    taken, avoided = loss_megabytes(largest)
+    wrong = [(utterance.text, hypothesis) for utterance, hypothesis in heard if hypothesis != utterance.text]
+    return {
+        "loss": float(np.mean(done.losses[-20:])),
+        "character_error_rate": done.error_rates[-1],
+        "character_error_rate_by_noise": {
+            f"{ratio:g} dB" if np.isfinite(ratio) else "clean": character_error_rate(*zip(*some, strict=True))
+            for ratio in spoken_numbers.SIGNAL_TO_NOISE
+            if (some := [pair for pair in heard if pair[0].signal_to_noise == ratio])
+        },
+        "examples": [(utterance.text, hypothesis) for utterance, hypothesis in heard[:3]] + wrong[:2],
+        "words": [asdict(word) for word in words_in_time(shown, alignment)],
+        "share_needing_gradient": share_needing_gradient(largest),
+        "megabytes": taken,
+        "megabytes_of_logits": avoided,
+        "training": asdict(done),
+    }
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print the results; the sentence to remember comes last."""
+    print(f"\nloss {results['loss']:.3f}")
+    noise = ", ".join(f"{name} {100 * rate:.1f}" for name, rate in results["character_error_rate_by_noise"].items())
+    print(f"character error rate on held-out speakers {100 * results['character_error_rate']:.2f} %  ({noise})")
+    print("\nsome of what was heard, and the first mistakes:")
+    for reference, hypothesis in results["examples"]:
+        print(f"  reference   {reference}\n  hypothesis  {hypothesis}")
+    print("\nwhen words begin, and when the alignment has their first character:")
+    for word in results["words"]:
+        print(f"  {word['text']:10s} {word['spoken']:5.2f} s {word['emitted']:5.2f} s")
+    print(f"\n{100 * results['share_needing_gradient']:.0f} % of the cells needed a gradient")
+    print(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results["seconds"].items()))
+    print(f"pictures: {results['pictures']}")
+    print(f"trained in {results['megabytes']:.1f} MB where the logits would have taken {results['megabytes_of_logits']:.1f} MB")
+
+
 def main() -> None:
     """Make the corpus, train, and report."""
     arguments = parse_arguments()
-    began = time.perf_counter()
-    seconds: dict[str, float] = {}
-
-    def note_time(phase: str) -> None:
-        seconds[phase] = time.perf_counter() - began - sum(seconds.values())
-
+    times = [time.perf_counter()]
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
     training, held_out = synthesise(arguments.seed)
-    note_time("speech")
+    times.append(time.perf_counter())
     model = Recogniser().to(device)
     done = train(model, training, held_out, Budget(arguments.steps, arguments.minutes), arguments.seed)
-    note_time("training")
-
-    right = [u for u, hypothesis in zip(held_out, done.hypotheses, strict=True) if hypothesis == u.text]
-    shown = next((utterance for utterance in right if 25 <= len(utterance.text) <= 40), held_out[0])
-    shown_arguments = loss_arguments(model, [shown])
-    alignment = transducer_loss.align(*shown_arguments, blank=BLANK).frames[0]
-    occupancy = transducer_loss.occupancy(*shown_arguments, blank=BLANK)
-    words = words_in_time(shown, alignment)
-    largest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
-    largest_arguments = loss_arguments(model, largest)
-    share = share_needing_gradient(largest_arguments)
-    taken, avoided = loss_megabytes(largest_arguments)
-    note_time("looking into the loss")
-
-    curve, lattice = arguments.out / "learning-curve.png", arguments.out / "lattice.png"
-    pictures.learning_curve(curve, done.losses, done.evaluated_steps, done.error_rates, target=0.03)
-    pictures.lattice(
-        lattice, shown.text, shown.features, spoken_numbers.FRAME_PERIOD, shown.word_starts,
-        (occupancy.blank + occupancy.label)[0], ENCODER_PERIOD, alignment,
-    )  # fmt: skip
-    note_time("pictures")
-
-    final_loss = float(np.mean(done.losses[-20:]))
-    pairs = [(u.text, hypothesis) for u, hypothesis in zip(held_out, done.hypotheses, strict=True)]
-    wrong = [pair for pair in pairs if pair[0] != pair[1]]
-    by_noise = {
-        f"{ratio:g} dB" if np.isfinite(ratio) else "clean": character_error_rate(*zip(*heard, strict=True))
-        for ratio in spoken_numbers.SIGNAL_TO_NOISE
-        if (heard := [(u, h) for u, h in zip(held_out, done.hypotheses, strict=True) if u.signal_to_noise == ratio])
+    times.append(time.perf_counter())
+    results = look_into(model, training, held_out, done, arguments.out)
+    times.append(time.perf_counter())
+    phases = ("speech", "training", "report")
+    results |= {
+        "seed": arguments.seed,
+        "device": str(device),
+        "seconds": dict(zip(phases, np.diff(times).tolist(), strict=True)),
+        "pictures": str(arguments.out),
     }
-    print(f"\nloss {final_loss:.3f}, character error rate on held-out speakers {100 * done.error_rates[-1]:.2f} %")
-    print("by noise: " + ", ".join(f"{name} {100 * rate:.2f} %" for name, rate in by_noise.items()))
-    print("\nheard rightly, and wrongly:" if wrong else "\nheard rightly:")
-    for reference, hypothesis in [*pairs[:3], *wrong[:2]]:
-        print(f"  reference   {reference}\n  hypothesis  {hypothesis}")
-    print("\nwhen the words of an utterance begin, and when their first character was recognised:")
-    for word in words:
-        print(f"  {word.text:10s} {word.spoken:5.2f} s {word.emitted:5.2f} s")
-    print(f"\n{100 * share:.0f} % of the cells needed a gradient")
-    print(f"pictures: {curve}, {lattice}")
-    print(f"{sum(seconds.values()):.0f} s: " + ", ".join(f"{phase} {time:.0f} s" for phase, time in seconds.items()))
     if arguments.json:
-        results = {
-            "seed": arguments.seed,
-            "device": str(device),
-            "steps": len(done.losses),
-            "loss": final_loss,
-            "character_error_rate": done.error_rates[-1],
-            "character_error_rate_by_noise": by_noise,
-            "utterances_per_second": done.utterances_per_second,
-            "share_needing_gradient": share,
-            "megabytes": taken,
-            "megabytes_of_logits": avoided,
-            "words": [asdict(word) for word in words],
-            "seconds": seconds,
-            "training": asdict(done),
-        }
         arguments.json.write_text(json.dumps(results, indent=1))
-    print(f"trained in {taken:.1f} MB where the logits would have taken {avoided:.1f} MB")
+    report(results)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,21 @@ MEL_BINS = 40
 FRAME_PERIOD = 0.01  # seconds
 
 ACCENTS = ("en", "en-us", "en-us-nyc", "en-gb-scotland", "en-gb-x-rp", "en-029")
-TRAINING_SPEAKERS = tuple(
-    "f1 f2 f3 f5 m1 m2 m3 m4 m5 m6 m8 Alicia Andy Annie Denis Diogo Gene Henrique Hugo Jacky Lee Marco Mario Mike Nguyen "
-    "Reed Storm adam anika announcer antonio aunty belinda boris caleb david edward gustave ian iven john klatt3 marcelo "
-    "max michel miguel norbert pablo pedro quincy rob robert sandro shelby steph travis victor zac".split()
-)
-HELD_OUT_SPEAKERS = tuple("f4 m7 Alex Andrea Michael grandpa linda paul".split())
+TRAINING_SPEAKERS = (
+    "f1", "f2", "f3", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m8", "Alicia", "Andy", "Annie", "Denis", "Diogo", "Gene",
+    "Henrique", "Hugo", "Jacky", "Lee", "Marco", "Mario", "Mike", "Nguyen", "Reed", "Storm", "adam", "anika", "announcer",
+    "antonio", "aunty", "belinda", "boris", "caleb", "david", "edward", "gustave", "ian", "iven", "john", "klatt3",
+    "marcelo", "max", "michel", "miguel", "norbert", "pablo", "pedro", "quincy", "rob", "robert", "sandro", "shelby",
+    "steph", "travis", "victor", "zac",
+)  # fmt: skip
+HELD_OUT_SPEAKERS = ("f4", "m7", "Alex", "Andrea", "Michael", "grandpa", "linda", "paul")
 SIGNAL_TO_NOISE = (np.inf, 20.0, 15.0, 10.0)  # dB
 
 _ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 
 def number_words(number: int) -> str:
@@ -179,9 +181,7 @@ class Synthesiser:
         self._samples.clear()
         self._word_starts.clear()
         encoded, by_character, utf8 = text.encode(), 1, 1
-        self._library.espeak_Synth(
-            encoded, ctypes.c_size_t(len(encoded) + 1), 0, by_character, 0, utf8, None, None
-        )
+        self._library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, by_character, 0, utf8, None, None)
         return np.concatenate(self._samples) / np.float32(32768), np.array(self._word_starts)
 
 
@@ -282,7 +282,7 @@ def batch(utterances: Sequence[Utterance]) -> Batch:
 def _pad(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(array) for array in arrays], dtype=np.int32)
     padded = np.zeros((len(arrays), lengths.max(), *arrays[0].shape[1:]), arrays[0].dtype)
-    for row, array in zip(padded, arrays):
+    for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
     return padded, lengths
 

@@ -64,6 +64,7 @@ struct bfloat16 { unsigned short bits; };
 // The type a value is computed and accumulated in.
 template <typename T> struct ComputeOf { typedef float type; };
 template <> struct ComputeOf<float64> { typedef double type; };
+template <typename T> struct ComputeOf<const T> : ComputeOf<T> {};
 template <typename T> using Compute = typename ComputeOf<T>::type;
 
 DEVICE unsigned int bits_of(float x) {

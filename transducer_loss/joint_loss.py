@@ -18,11 +18,10 @@ from transducer_loss.checks import (
     float_array,
     lengths,
     targets_for,
-    weights_for,
 )
-from transducer_loss.engine import Engine, Gradients, Problem, Saved, running
+from transducer_loss.engine import Gradients, Problem, Saved, running
 from transducer_loss.joint import ACTIVATIONS, Joint
-from transducer_loss.logits_loss import raise_infeasible
+from transducer_loss.logits_loss import raise_infeasible, weights_of
 from transducer_loss.processors import Allocate, processor_for
 
 
@@ -248,9 +247,7 @@ def joint_rnnt_loss(
         seed=seed, workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology,
         fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
-    with of.processor:
-        utterance_weights = weights_for(weights, of.processor, len(of.cells.frames), of.dtype)
-    done = forward(of, utterance_weights, gradient=gradient)
+    done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:
         return done.native, None
     kind = of.joint.encoder.dtype

@@ -93,6 +93,12 @@ def backward(of: Problem, saved: Saved, weights: Any, inplace: bool) -> Any:
         return native
 
 
+def weights_of(of: Any, weights: Any) -> Any:
+    """Upstream weights (B,) as the kernels of a problem read them."""
+    with of.processor:
+        return weights_for(weights, of.processor, len(of.cells.frames), of.dtype)
+
+
 def raise_infeasible(processor: Any, loss: Any, options: Options) -> None:
     """Raise where an utterance has no path and ``infeasible="raise"``; synchronises, then."""
     if options.infeasible == "raise":
@@ -191,8 +197,7 @@ def rnnt_loss(
         normalized=normalized, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
     check_inplace(of, gradient and inplace)
-    with of.processor:
-        utterance_weights = weights_for(weights, of.processor, of.group.count, of.dtype)
+    utterance_weights = weights_of(of, weights)
     loss, _, saved = forward(of, keep=gradient)
     return loss, None if saved is None else backward(of, saved, utterance_weights, inplace)
 

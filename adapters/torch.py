@@ -1,0 +1,285 @@
+"""PyTorch: the losses as functions and modules with autograd, on every device, dtype and stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transducer_loss import joint_loss, logits_loss
+from transducer_loss.checks import choice
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _allocate_on(device: torch.device) -> Callable[[tuple[int, ...], str], Tensor]:
+    return lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+
+@contextlib.contextmanager
+def _caller(tensor: Tensor) -> Iterator[None]:
+    """CuPy's device and stream are per thread, and autograd's backward runs in another one: set them from the tensor."""
+    if tensor.device.type != "cuda":
+        yield
+        return
+    import cupy
+
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream):
+        yield
+
+
+def _common(tensor: Any, name: str) -> dict[str, Any]:
+    """Arguments that the core takes from the framework: its allocator and its number of threads."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    return {"allocate": _allocate_on(tensor.device), "threads": torch.get_num_threads()}
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+class _LogitsLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, inplace: bool, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+        with _caller(logits):
+            of = logits_loss.problem(logits.detach(), *arguments, **options, **_common(logits, "logits"))
+            needed = ctx.needs_input_grad[0]
+            logits_loss.check_inplace(of, needed and inplace)
+            loss, _, saved = logits_loss.forward(of, keep=needed)
+        # The core reads the logits again: autograd notices when they were changed in between.
+        ctx.save_for_backward(logits)
+        ctx.of, ctx.saved, ctx.inplace = of, saved, inplace
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,) = ctx.saved_tensors
+        weights = upstream.contiguous()
+        with _caller(logits):
+            gradient = logits_loss.backward(ctx.of, ctx.saved, logits_loss.weights_of(ctx.of, weights), ctx.inplace)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)  # a second backward raises, as the logits are gone
+            gradient = logits.detach()
+        return gradient, None, None, None
+
+
+class _JointLoss(torch.autograd.Function):
+    """Scalar reductions make the gradients with the loss; ``"none"`` waits for the true upstream weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, reduction: str,
+        arguments: tuple[Any, ...], options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        inputs = (encoder, predictor, weight, bias)
+        with _caller(encoder):
+            of = joint_loss.problem(*map(_plain, inputs), *arguments, **options, **_common(encoder, "encoder"))
+            needed, later = any(ctx.needs_input_grad), reduction == "none"
+            share = 1.0 / len(of.cells.frames) if reduction == "mean" else 1.0
+            done = joint_loss.forward(of, weight=share, gradient=needed, later=later)
+        ctx.of, ctx.done, ctx.later = of, done, later
+        if later:
+            ctx.save_for_backward(*inputs)
+        return _reduced(done.native, reduction)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        kind = getattr(torch, ctx.of.joint.encoder.dtype.name)
+        if ctx.later:
+            encoder = ctx.saved_tensors[0]
+            with _caller(encoder):
+                weights = logits_loss.weights_of(ctx.of, upstream.contiguous())
+                natives = joint_loss.backward(ctx.of, ctx.done, weights).native
+        else:
+            natives = tuple(None if native is None else native * upstream for native in ctx.done.gradients.native)
+        gradients = [
+            native.to(kind) if native is not None and needed else None
+            for native, needed in zip(natives, ctx.needs_input_grad, strict=False)
+        ]
+        return (*gradients, None, None, None)
+
+
+def rnnt_loss(
+    logits: Tensor,
+    targets: Any,
+    logit_lengths: Any,
+    target_lengths: Any,
+    *,
+    blank: int = 0,
+    reduction: str = "mean",
+    topology: str = "regular",
+    normalized: bool = False,
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    hat: bool = False,
+    infeasible: str = "inf",
+    inplace: bool = False,
+    validate: bool = False,
+) -> Tensor:
+    """Transducer loss of logits, with autograd.
+
+    Parameters
+    ----------
+    logits : (B, T, U+1, V) or (cells, V) tensor
+        Any device, any float dtype, any strides.
+    targets : (B, U) tensor of int
+    logit_lengths, target_lengths : (B,) tensor or list of int
+        On the host they cost no synchronisation.
+    reduction : {"mean", "sum", "none"}
+        "mean" is the mean over the batch.
+    inplace : bool
+        Write the gradient over the logits in backward, which saves their memory once more; a second backward then raises.
+    blank, topology, normalized, fastemit_lambda, delay_penalty, hat, infeasible, validate
+        As of `transducer_loss.rnnt_loss`.
+
+    Returns
+    -------
+    Tensor
+        Scalar, or (B,): float32, or float64 for float64 logits, also under autocast.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import rnnt_loss
+    >>> logits = torch.zeros(1, 4, 3, 5, requires_grad=True)
+    >>> loss = rnnt_loss(logits, torch.tensor([[1, 2]]), [4], [2])
+    >>> loss.backward()
+    """
+    choice(reduction, REDUCTIONS, "reduction")
+    options = {
+        "blank": blank, "topology": topology, "normalized": normalized, "fastemit_lambda": fastemit_lambda,
+        "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible, "validate": validate,
+    }  # fmt: skip
+    loss = _LogitsLoss.apply(logits, inplace, (_plain(targets), _plain(logit_lengths), _plain(target_lengths)), options)
+    return _reduced(loss, reduction)
+
+
+def joint_rnnt_loss(
+    encoder: Tensor,
+    predictor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Any,
+    encoder_lengths: Any,
+    target_lengths: Any,
+    *,
+    activation: str = "tanh",
+    blank: int = 0,
+    reduction: str = "mean",
+    topology: str = "regular",
+    dropout: float = 0.0,
+    seed: int | None = None,
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    hat: bool = False,
+    infeasible: str = "inf",
+    workspace: int | str | None = None,
+    occupancy_floor: float = 1e-6,
+    validate: bool = False,
+) -> Tensor:
+    """Transducer loss fused with the joint network, with autograd, in bounded memory.
+
+    Parameters
+    ----------
+    encoder : (B, T, H) tensor
+    predictor : (B, U+1, H) tensor
+    weight : (V, H) tensor
+        Of the output layer, as ``torch.nn.Linear(H, V).weight``.
+    bias : (V,) tensor or None
+    targets, encoder_lengths, target_lengths
+        As of `rnnt_loss`.
+    reduction : {"mean", "sum", "none"}
+        "mean" is the mean over the batch. Scalar reductions make the gradients together with the loss.
+    seed : int, optional
+        Of the dropout; drawn from torch's generator where it is None.
+    activation, dropout, workspace, occupancy_floor and the others
+        As of `transducer_loss.joint_rnnt_loss`.
+
+    Returns
+    -------
+    Tensor
+        Scalar, or (B,): float32, or float64 for float64 inputs. Under autocast inputs of several float dtypes are brought to
+        autocast's dtype.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import joint_rnnt_loss
+    >>> encoder, predictor = torch.randn(2, 30, 16, requires_grad=True), torch.randn(2, 8, 16)
+    >>> output = torch.nn.Linear(16, 50)
+    >>> targets = torch.randint(1, 50, (2, 7))
+    >>> loss = joint_rnnt_loss(encoder, predictor, output.weight, output.bias, targets, [30, 21], [7, 4])
+    >>> loss.backward()
+    """
+    choice(reduction, REDUCTIONS, "reduction")
+    if dropout and seed is None:
+        seed = int(torch.randint(1 << 62, ()).item())
+    options = {
+        "activation": activation, "blank": blank, "topology": topology, "dropout": dropout, "seed": seed or 0,
+        "fastemit_lambda": fastemit_lambda, "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible,
+        "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate,
+    }  # fmt: skip
+    inputs = _one_dtype(encoder, predictor, weight, bias)
+    arguments = (_plain(targets), _plain(encoder_lengths), _plain(target_lengths))
+    loss: Tensor = _JointLoss.apply(*inputs, reduction, arguments, options)
+    return loss
+
+
+def _one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, as a Linear would: parameters are float32 there and activations half."""
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    kind = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(kind) if isinstance(tensor, Tensor) and tensor.dtype != torch.float64 else tensor for tensor in tensors)
+
+
+class RNNTLoss(torch.nn.Module):
+    """`rnnt_loss` as a module: its keywords at construction, its tensors at the call."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
+
+    def forward(self, logits: Tensor, targets: Any, logit_lengths: Any, target_lengths: Any) -> Tensor:
+        """See `rnnt_loss`."""
+        return rnnt_loss(logits, targets, logit_lengths, target_lengths, **self.options)
+
+
+class JointRNNTLoss(torch.nn.Module):
+    """`joint_rnnt_loss` with its output layer (`weight`, `bias`) as parameters. Dropout acts in training mode only.
+
+    Parameters
+    ----------
+    features, classes : int
+        H and V.
+    bias : bool
+    dropout : float
+    **options
+        Keywords of `joint_rnnt_loss`.
+    """
+
+    def __init__(self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, **options: Any) -> None:
+        super().__init__()
+        self.output = torch.nn.Linear(features, classes, bias=bias)
+        self.dropout, self.options = dropout, options
+        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
+
+    def forward(self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any) -> Tensor:
+        """See `joint_rnnt_loss`."""
+        return joint_rnnt_loss(
+            encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths,
+            dropout=self.dropout if self.training else 0.0, **self.options,
+        )  # fmt: skip

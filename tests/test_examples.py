@@ -1,0 +1,194 @@
+"""The pure parts of the examples: text, error rates, batches, noise, and that the recogniser streams."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import spoken_numbers
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"),
+        (13, "thirteen"),
+        (40, "forty"),
+        (99, "ninety nine"),
+        (100, "one hundred"),
+        (215, "two hundred fifteen"),
+        (1000, "one thousand"),
+        (1001, "one thousand and one"),
+        (1100, "one thousand one hundred"),
+        (342006, "three hundred forty two thousand and six"),
+        (999999, "nine hundred ninety nine thousand nine hundred ninety nine"),
+    ],
+)
+def test_number_words(number, words):
+    assert spoken_numbers.number_words(number) == words
+
+
+@pytest.mark.parametrize("number", [-1, 1_000_000])
+def test_numbers_out_of_range_are_refused(number):
+    with pytest.raises(ValueError, match="number: expected 0 to 999999"):
+        spoken_numbers.number_words(number)
+
+
+def test_every_number_has_its_own_words_in_the_alphabet():
+    numbers = range(0, 1_000_000, 997)
+    texts = [spoken_numbers.number_words(number) for number in numbers]
+    assert len(set(texts)) == len(numbers)
+    for text in texts:
+        labels = spoken_numbers.to_labels(text)
+        assert spoken_numbers.BLANK not in labels
+        assert spoken_numbers.to_text(labels) == text
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "distance"),
+    [
+        ("", "", 0),
+        ("", "ab", 2),
+        ("ab", "", 2),
+        ("six", "six", 0),
+        ("six", "fix", 1),
+        ("kitten", "sitting", 3),
+        ("ab", "ba", 2),
+    ],
+)
+def test_edit_distance(reference, hypothesis, distance):
+    assert spoken_numbers.edit_distance(reference, hypothesis) == distance
+
+
+def test_the_error_rate_is_of_all_characters_together():
+    assert spoken_numbers.error_rate(["six", "thirteen"], ["fix", "thirty"]) == pytest.approx(4 / 11)
+
+
+def utterance(frames, text="six"):
+    features = np.full((frames, spoken_numbers.MEL_BINS), frames, np.float32)
+    return spoken_numbers.Utterance(text, "f1", np.inf, features, np.zeros(1))
+
+
+def test_a_batch_is_padded_with_zeros():
+    batch = spoken_numbers.batch([utterance(3, "six"), utterance(5, "eight")])
+    assert batch.features.shape == (2, 5, spoken_numbers.MEL_BINS)
+    assert batch.features.dtype == np.float32
+    assert batch.feature_lengths.tolist() == [3, 5]
+    assert batch.target_lengths.tolist() == [3, 5]
+    assert (batch.features[0, :3] == 3).all()
+    assert (batch.features[0, 3:] == 0).all()
+    assert spoken_numbers.to_text(batch.targets[0, :3]) == "six"
+    assert batch.targets[0, 3:].tolist() == [0, 0]
+
+
+def test_an_epoch_holds_every_utterance_once_and_the_seed_decides_the_order():
+    utterances = [utterance(frames) for frames in range(1, 24)]
+
+    def lengths(seed):
+        batches = spoken_numbers.epoch(utterances, 5, np.random.default_rng(seed))
+        return [batch.feature_lengths.tolist() for batch in batches]
+
+    assert sorted(length for batch in lengths(0) for length in batch) == list(range(1, 24))
+    assert [len(batch) for batch in sorted(lengths(0), key=len)] == [3, 5, 5, 5, 5]
+    assert lengths(0) == lengths(0)
+    assert lengths(0) != lengths(1)
+
+
+@pytest.mark.parametrize("ratio", [20.0, 5.0])
+def test_noise_comes_at_its_ratio(ratio):
+    samples = np.sin(np.arange(10_000, dtype=np.float32))
+    noise = spoken_numbers.add_noise(samples, ratio, np.random.default_rng(0)) - samples
+    assert 10 * np.log10(np.mean(samples**2) / np.mean(noise**2)) == pytest.approx(ratio, abs=0.01)
+
+
+def test_no_noise_changes_nothing():
+    samples = np.ones(100, np.float32)
+    assert spoken_numbers.add_noise(samples, np.inf, np.random.default_rng(0)) is samples
+
+
+def test_no_held_out_speaker_is_heard_in_training():
+    assert not set(spoken_numbers.HELD_OUT_SPEAKERS) & set(spoken_numbers.TRAINING_SPEAKERS)
+
+
+def test_a_corpus_of_speech():
+    pytest.importorskip("espeakng_loader", reason="the speech comes from espeakng-loader")
+    pytest.importorskip("kaldi_native_fbank", reason="the features come from kaldi-native-fbank")
+    training, held_out = spoken_numbers.corpus(4, 3, seed=1)
+    assert (len(training), len(held_out)) == (4, 3)
+    assert not {u.text for u in training} & {u.text for u in held_out}
+    for u in training + held_out:
+        assert u.features.dtype == np.float32
+        assert np.isfinite(u.features).all()
+        # The last word begins within the speech, and speech is no faster than 40 characters a second.
+        assert len(u.word_starts) == len(u.text.split())
+        assert u.word_starts[-1] < len(u.features) * spoken_numbers.FRAME_PERIOD
+        assert len(u.text) < 40 * len(u.features) * spoken_numbers.FRAME_PERIOD
+
+
+def test_an_unknown_voice_is_refused():
+    pytest.importorskip("espeakng_loader", reason="the speech comes from espeakng-loader")
+    synthesiser = spoken_numbers.Synthesiser()
+    with pytest.raises(ValueError, match="no voice variant 'nobody'"):
+        synthesiser.say("six", "en-us", "nobody", 200, 50)
+    with pytest.raises(ValueError, match="no voice 'nowhere'"):
+        synthesiser.say("six", "nowhere", "f1", 200, 50)
+
+
+@pytest.fixture
+def recogniser():
+    torch = pytest.importorskip("torch", reason="the recogniser is a PyTorch model")
+    pytest.importorskip("matplotlib", reason="the recogniser draws pictures")
+    pytest.importorskip("rich", reason="the recogniser shows its progress")
+    import pytorch_recogniser
+
+    torch.manual_seed(0)
+    return pytorch_recogniser.Recogniser(width=8)
+
+
+def test_the_encoder_hears_the_same_in_pieces(recogniser):
+    import torch
+
+    features = torch.randn(2, 23, spoken_numbers.MEL_BINS)
+    whole, _ = recogniser.encoder(features)
+    state, pieces = None, []
+    for start in range(0, 23, 8):
+        piece, state = recogniser.encoder(features[:, start : start + 8], state)
+        pieces.append(piece)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+    assert whole.shape == (2, 6, 8)
+
+
+def test_the_encoder_does_not_hear_the_future(recogniser):
+    import torch
+
+    features = torch.randn(1, 24, spoken_numbers.MEL_BINS)
+    other = features.clone()
+    other[:, 12:] = 0
+    now, _ = recogniser.encoder(features)
+    then, _ = recogniser.encoder(other)
+    torch.testing.assert_close(now[:, :3], then[:, :3], rtol=0, atol=0)
+    assert not torch.equal(now[:, 3:], then[:, 3:])
+
+
+def test_decoding_stops_at_the_length_of_an_utterance(recogniser):
+    import torch
+
+    with torch.no_grad():
+        recogniser.output.bias[5] = 100  # always the same character
+    import pytorch_recogniser
+
+    features = torch.zeros(2, 16, spoken_numbers.MEL_BINS)
+    texts = pytorch_recogniser.recognise(recogniser, features, torch.tensor([4, 1]))
+    most = pytorch_recogniser.MOST_CHARACTERS_PER_FRAME
+    assert [len(text) for text in texts] == [4 * most, most]
+
+
+def test_words_in_time(recogniser):
+    import pytorch_recogniser
+
+    heard = spoken_numbers.Utterance("six two", "f1", np.inf, np.zeros((1, 1), np.float32), np.array([0.1, 0.5]))
+    words = pytorch_recogniser.words_in_time(heard, np.array([3, 4, 5, 6, 15, 15, 16]))
+    assert [(word.text, word.spoken) for word in words] == [("six", 0.1), ("two", 0.5)]
+    assert [word.emitted for word in words] == pytest.approx([0.12, 0.6])
