@@ -10,7 +10,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define KERNEL __global__ void
+#define KERNEL __global__ void __launch_bounds__(512)
 #define DEVICE __device__ __forceinline__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define EXPORT(...)

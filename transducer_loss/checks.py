@@ -172,7 +172,7 @@ def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
     if array.dtype.name not in FLOATS:
         raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
     if on_host(array):
-        return processor.to_device(np.ascontiguousarray(array, dtype))
+        return processor.to_device(np.ascontiguousarray(array.astype(dtype)))
     if processor.host:
         raise ValueError(f"weights: expected device cpu, got {device_name(array)}")
     return processor.dense(array, dtype)

@@ -27,7 +27,7 @@ def kept_cells(
     counts = processor.empty((group.rows + 1,), "int64")
     real = loss.dtype.name
     shared = (group.rows, group.table, group.count, *occupancy, loss, weights, floor)
-    processor.launch(f"compact_count<{real}>", group.rows, group.columns, *shared, counts)
-    processor.launch("compact_scan", 1, group.rows, group.rows, counts, alone=True)
-    processor.launch(f"compact_write<{real}>", group.rows, 4 * group.columns, *shared, counts, cells, positions)
+    processor.launch(f"compact_count<{real}>", group.rows, group.columns, *shared, counts, per_thread=1)
+    processor.launch("compact_scan", 1, group.rows, group.rows, counts, alone=True, per_thread=1)
+    processor.launch(f"compact_write<{real}>", group.rows, group.columns, *shared, counts, cells, positions, per_thread=1)
     return Kept(cells, positions, int(processor.to_host(counts[-1:])[0]), counts)

@@ -1,1 +1,140 @@
-"""placeholder"""
+"""The CUDA processor: the kernels by NVRTC, matrix products by cuBLAS, both through CuPy."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import cupy
+import numpy as np
+
+from transducer_loss.arrays import numpy_dtype
+from transducer_loss.processors import Allocate, Processor, address_of
+
+# cudaDataType_t, in which cuBLAS names its operands.
+_DATA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+
+# What cuBLAS takes for itself on the newest architectures, at most.
+_CUBLAS_WORKSPACE = 32 << 20
+
+# Kernels are compiled for up to as many threads (see KERNEL in processor.cuh).
+_MOST_THREADS = 512
+
+
+@functools.cache
+def source_of(file: str) -> str:
+    """A kernel file with its headers spliced in: CuPy's cache of compiled kernels does not look into included files."""
+    seen: set[str] = set()
+
+    def spliced(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (resources.files("transducer_loss.kernels") / name).read_text()
+        text = text.replace("#pragma once\n", "")
+        return re.sub(r'#include "(\w+\.cuh)"\n', lambda match: spliced(match[1]), text)
+
+    return spliced(file)
+
+
+@functools.cache
+def _kernel(name: str, device: int) -> Any:
+    """The instance `name`, say ``softmax_forward<float32>``; its file is the name up to the first underscore."""
+    module = cupy.RawModule(
+        code=source_of(name.split("_")[0] + ".cu"), options=("-std=c++17",), name_expressions=[name]
+    )
+    return module.get_function(name)
+
+
+class Cuda(Processor):
+    """The kernels on a CUDA device, on CuPy's current stream. Use as a context."""
+
+    host = False
+    strips = 1
+    threads = 1
+    group_cells = 1 << 62
+    default_workspace = 1 << 30
+    reserved = _CUBLAS_WORKSPACE
+
+    def __init__(self, device: int, allocate: Allocate | None = None) -> None:
+        super().__init__(allocate or (lambda shape, dtype: cupy.empty(shape, numpy_dtype(dtype))))
+        self.device = cupy.cuda.Device(device)
+        # Logits of a tile and what is made of them stay in the L2 cache.
+        self.tile_bytes = int(self.device.attributes["L2CacheSize"]) * 2 // 3
+
+    def __enter__(self) -> Cuda:
+        self.device.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.device.__exit__(*details)
+
+    def launch(
+        self, name: str, blocks: int, columns: int, *arguments: Any, steps: int = 1, per_thread: int = 4, alone: bool = False
+    ) -> None:
+        """Run `blocks` blocks of kernel `name`, with a thread for every `per_thread` of the columns."""
+        threads = min(_MOST_THREADS, -(-columns // (32 * per_thread)) * 32)
+        values = tuple(
+            np.float64(argument) if isinstance(argument, float)
+            else np.int64(argument if isinstance(argument, int) else 0 if argument is None else address_of(argument))
+            for argument in arguments
+        )  # fmt: skip
+        _kernel(name, self.device.id)((min(blocks, 2**31 - 1),), (max(threads, 32),), values)
+
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Launch one task after the other."""
+        for task in tasks:
+            task()
+
+    def gemm(self, a: Any, b: Any, out: Any, add: bool = False, scratch: Any = None) -> None:
+        """out = a @ b, or out += a @ b; accumulated in the type of `out`, in float32 without TF32."""
+        from cupy_backends.cuda.libs import cublas
+
+        rows, columns = out.shape
+        scalar = np.float64 if out.dtype == np.float64 else np.float32
+        one, beta = scalar(1), scalar(add)
+        constants = np.array([one, beta])
+        # cuBLAS is column-major: the transposed product, with each operand as it lies.
+        b_op, b_leading = _operand(b)
+        a_op, a_leading = _operand(a)
+        compute = cublas.CUBLAS_COMPUTE_64F if out.dtype == np.float64 else cublas.CUBLAS_COMPUTE_32F
+        cublas.gemmEx(
+            cupy.cuda.device.get_cublas_handle(), b_op, a_op, columns, rows, a.shape[1],
+            constants.ctypes.data, b.data.ptr, _DATA_TYPE[b.dtype.name], b_leading, a.data.ptr, _DATA_TYPE[a.dtype.name],
+            a_leading, constants.ctypes.data + constants.itemsize, out.data.ptr, _DATA_TYPE[out.dtype.name], columns,
+            compute, cublas.CUBLAS_GEMM_DEFAULT,
+        )  # fmt: skip
+
+    def zero(self, array: Any) -> None:
+        """Fill with zeros."""
+        array.data.memset_async(0, array.nbytes)
+
+    def to_device(self, array: np.ndarray[Any, Any]) -> Any:
+        """Copy a host array to the device; CuPy's stream orders it before the kernels."""
+        if array.dtype.name == "bfloat16":
+            return cupy.asarray(array.view(np.uint16)).view(array.dtype)
+        return cupy.asarray(array)
+
+    def to_host(self, array: Any) -> np.ndarray[Any, Any]:
+        """Copy a device array to the host, which synchronises."""
+        return np.asarray(array.get())
+
+    def dense(self, array: Any, dtype: str) -> Any:
+        """A device array in order of its elements, of a dtype; itself where it is so already."""
+        return cupy.ascontiguousarray(array, numpy_dtype(dtype))
+
+    def power_of_two_above(self, weights: Any) -> tuple[Any, Any]:
+        """2^n and 2^-n as device scalars, 2^n max |weights| being about 1000; without a read-back."""
+        _, exponent = cupy.frexp(cupy.abs(weights).max())
+        return cupy.ldexp(weights.dtype.type(1), 10 - exponent), cupy.ldexp(weights.dtype.type(1), exponent - 10)
+
+
+def _operand(matrix: Any) -> tuple[int, int]:
+    """How cuBLAS reads a row-major matrix as a column-major one: 0 as its transpose, 1 as itself; and the leading dimension."""
+    by_row, by_column = (stride // matrix.itemsize for stride in matrix.strides)
+    if by_column == 1 or matrix.shape[1] == 1:
+        return 0, max(by_row, matrix.shape[1])
+    return 1, max(by_column, matrix.shape[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,13 +75,14 @@ def plan(of: Problem) -> Plan:
     counts, frames = of.cells.counts, of.cells.frames
     arrays = per_cell * counts + per_row * frames + per_utterance
     widened = classes * (features + 1) * size if of.operand != of.joint.encoder.dtype.name else 0
+    reserved = widened + of.processor.reserved
     split = of.operand != of.dtype  # a half-type gradient beside float32 logits
     halves = numpy_dtype(of.operand).itemsize
 
     def fixed(strips: int, tile: int) -> int:
         of_tile = tile * (classes * (size + (halves if split else 0)) + features * (halves + size) + size)
         sums = 0 if strips == 1 else classes * (features + 1) + columns * features
-        product = classes * features if of.processor.host else 0
+        product = classes * (features + 1) if of.processor.host else 0
         return strips * (of_tile + (sums + product) * size)
 
     full_tile = max(32, of.processor.tile_bytes // (classes * size))
@@ -91,15 +93,15 @@ def plan(of: Problem) -> Plan:
         shapes.append((1, tile))
         tile //= 2
     shapes.append((1, min(full_tile, 8)))
-    least = fixed(*shapes[-1]) + widened + int(arrays.max())
+    least = fixed(*shapes[-1]) + reserved + int(arrays.max())
     if least > of.workspace:
         raise ValueError(f"workspace: expected at least {least} bytes for one tile and the longest utterance, got {of.workspace}")
     strips, tile = next(
         shape for shape in shapes
-        if fixed(*shape) + widened <= of.workspace // 2 and fixed(*shape) + widened + int(arrays.max()) <= of.workspace
+        if fixed(*shape) + reserved <= of.workspace // 2 and fixed(*shape) + reserved + int(arrays.max()) <= of.workspace
         or shape == shapes[-1]
     )  # fmt: skip
-    room = of.workspace - fixed(strips, tile) - widened
+    room = of.workspace - reserved - fixed(strips, tile)
     with_logits = arrays + classes * size * counts
 
     groups, retained = [], []
@@ -136,6 +138,8 @@ class Gradients:
     weight: Any
     bias: Any
     kept: int = 0
+    unscale: Any = 1.0
+    """Factor that the finished sums are still to be multiplied by."""
 
 
 @dataclasses.dataclass
@@ -147,6 +151,7 @@ class _Tile:
     gradient: Any
     hidden_gradient: Any
     product: Any
+    column_sums: Any
 
 
 @dataclasses.dataclass
@@ -168,7 +173,7 @@ class Engine:
         processor, operand = self.processor, of.operand
         widen = operand != of.joint.encoder.dtype.name
         self.weight = of.weight.astype(operand) if widen else of.weight
-        self.bias = of.bias.astype(of.dtype) if of.bias is not None and str(of.bias.dtype.name) != of.dtype else of.bias
+        self.bias = None if of.bias is None else processor.dense(of.bias, of.dtype)
         self.classes, self.features = of.weight.shape
         self.ones = processor.to_device(np.ones((self.plan.tile, 1), numpy_dtype(operand)))
         most = max(
@@ -188,7 +193,9 @@ class Engine:
             logits=logits,
             gradient=logits if of.operand == of.dtype else empty((tile, self.classes), of.operand),
             hidden_gradient=empty((tile, self.features), of.dtype),
+            # cuBLAS adds by itself.
             product=empty((self.classes, self.features), of.dtype) if self.processor.host else None,
+            column_sums=empty((self.classes, 1), of.dtype) if self.processor.host else None,
         )
 
     def groups(self) -> Iterator[tuple[Group, bool]]:
@@ -249,13 +256,14 @@ class Engine:
     def strips(self, gradients: Gradients) -> list[_Strip]:
         """Partial sums, one for each strip; a lone strip adds straight into the gradients."""
         if self.plan.strips == 1:
-            return [_Strip(gradients.weight, gradients.bias, None, used=True)]
+            bias = None if gradients.bias is None else gradients.bias[:, None]
+            return [_Strip(gradients.weight, bias, None, used=True)]
         empty, of = self.processor.empty, self.of
         columns = int(of.cells.labels.max()) + 1
         return [
             _Strip(
                 empty((self.classes, self.features), of.dtype),
-                None if of.bias is None else empty((self.classes,), of.dtype),
+                None if of.bias is None else empty((self.classes, 1), of.dtype),
                 empty((columns, self.features), of.dtype),
             )
             for _ in range(self.plan.strips)
@@ -334,10 +342,9 @@ class Engine:
                     of.targets, of.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
                 )  # fmt: skip
                 # The first product is written, not added: the partial sums need no zeros.
-                processor.gemm(gradient.T, hidden, strip.weight, tile.product if strip.used else None)
+                processor.gemm(gradient.T, hidden, strip.weight, strip.used, tile.product)
                 if strip.bias is not None:
-                    column_sums = gradient.T @ self.ones[:cells, 0]
-                    strip.bias[...] = strip.bias + column_sums if strip.used else column_sums
+                    processor.gemm(gradient.T, self.ones[:cells], strip.bias, strip.used, tile.column_sums)
                 strip.used = True
                 processor.gemm(gradient, self.weight, hidden_gradient)
                 joint.backward(
@@ -345,14 +352,29 @@ class Engine:
                     hidden, hidden_gradient, gradients.encoder, gradients.predictor, strip.carried, strip.carry,
                 )  # fmt: skip
 
+    def scaled(self, weights: Any, weight: float, gradients: Gradients) -> tuple[Any, float]:
+        """The weights as tiles of float16 take them: by a power of two so large that no gradient underflows."""
+        if self.of.operand != "float16":
+            return weights, weight
+        if weights is None:
+            exponent = 10 - math.frexp(weight)[1]
+            gradients.unscale = 2.0**-exponent
+            return None, weight * 2.0**exponent
+        scale, gradients.unscale = self.processor.power_of_two_above(weights)
+        return weights * scale, weight
+
     def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
-        """Add the strips' sums, in order."""
+        """Add the strips' sums, in order, and undo the scale."""
         if self.plan.strips > 1:
             for strip in strips:
                 if strip.used:
                     gradients.weight += strip.weight
                     if strip.bias is not None:
-                        gradients.bias += strip.bias
+                        gradients.bias += strip.bias[:, 0]
+        if self.of.operand == "float16":
+            for array in (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias):
+                if array is not None:
+                    array *= gradients.unscale
         return gradients
 
 

@@ -124,7 +124,10 @@ def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: boo
         native, reported = engine.processor.output((batch,), of.dtype)
         now = gradient and not later
         gradients = engine.gradients() if now else None
-        strips = [] if gradients is None else engine.strips(gradients)
+        strips = []
+        if gradients is not None:
+            strips = engine.strips(gradients)
+            weights, weight = engine.scaled(weights, weight, gradients)
         everything = []
         for group, retained in engine.groups():
             keep = retained and now
@@ -146,8 +149,9 @@ def backward(of: Problem, done: Forward, weights: Any) -> Gradients:
     with running(of) as engine:
         gradients = engine.gradients()
         strips = engine.strips(gradients)
+        weights, weight = engine.scaled(weights, 1.0, gradients)
         for (group, _), saved in zip(engine.groups(), done.saved, strict=True):
-            engine.backward(group, saved, done.loss, weights, 1.0, strips, gradients)
+            engine.backward(group, saved, done.loss, weights, weight, strips, gradients)
         return engine.finish(strips, gradients)
 
 

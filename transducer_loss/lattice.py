@@ -12,6 +12,9 @@ from transducer_loss.softmax import Arcs
 # The widest lattice whose steps the kernel exchanges in shared memory: SHARED_COLUMNS of kernels/lattice.cu.
 _SHARED_COLUMNS = 1024
 
+# A lattice cell costs the host about as much as so many columns of a softmax.
+_STEPS = 16
+
 
 def scaled_bytes(dtype: str) -> int:
     """Bytes of one forward or backward value (mantissa and exponent)."""
@@ -38,9 +41,10 @@ def sums(
     ahead, back = scratch[: size * group.cells], scratch[size * group.cells : 2 * size * group.cells]
     exchange = processor.empty((4 * size * columns * group.count,), "uint8") if columns else None
     processor.launch(
-        f"lattice_sums<{real}>", 2 * group.count, 64 * group.cells // group.count,
+        f"lattice_sums<{real}>", 2 * group.count, group.columns,
         group.count, group.table, group.first, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
         ahead, back, exchange, columns, loss, reported, int(options.infeasible == "zero"),
+        steps=_STEPS * group.rows // group.count, per_thread=1,
     )  # fmt: skip
     return ahead, back, loss
 
@@ -51,9 +55,9 @@ def occupancy(
     """Occupancy of the blank and label arcs into the pair `out`; raw, or what the gradient needs."""
     real = arcs.log_blank.dtype.name
     processor.launch(
-        f"lattice_occupancy<{real}>", group.rows, 16 * group.columns,
+        f"lattice_occupancy<{real}>", group.rows, group.columns,
         group.rows, group.table, group.count, group.first, arcs.log_blank, arcs.log_label, options.topology,
-        options.delay_penalty, *values, int(effective), options.fastemit_lambda, *out,
+        options.delay_penalty, *values, int(effective), options.fastemit_lambda, *out, steps=_STEPS, per_thread=1,
     )  # fmt: skip
 
 
@@ -63,7 +67,8 @@ def best_path(processor: Any, group: Group, arcs: Arcs, options: Options, frames
     ahead = processor.empty((group.cells,), "float64")
     exchange = processor.empty((2 * columns * group.count,), "float64") if columns else None
     processor.launch(
-        f"lattice_best_path<{arcs.log_blank.dtype.name}>", group.count, 64 * group.cells // group.count,
+        f"lattice_best_path<{arcs.log_blank.dtype.name}>", group.count, group.columns,
         group.count, group.table, group.first, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
         ahead, exchange, columns, frames, frames.shape[1], score,
+        steps=_STEPS * group.rows // group.count, per_thread=1,
     )  # fmt: skip

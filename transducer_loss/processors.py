@@ -155,6 +155,8 @@ class Processor:
     group_cells: int
     """Cells of a group beyond which more utterances in it gain nothing."""
     default_workspace: int
+    reserved: int
+    """Bytes that its library for matrix products takes for itself."""
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
@@ -183,6 +185,7 @@ class Host(Processor):
     tile_bytes = 1 << 20
     group_cells = 16_384
     default_workspace = 256 << 20
+    reserved = 0
 
     def __init__(self, threads: int | None = None, allocate: Allocate | None = None) -> None:
         super().__init__(allocate or aligned_empty)
@@ -201,15 +204,18 @@ class Host(Processor):
             self._pool = None
         self._blas.__exit__()
 
-    def launch(self, name: str, blocks: int, width: int, *arguments: Any, alone: bool = False) -> None:
-        """Run `blocks` blocks of kernel `name`, each over `width` columns.
+    def launch(
+        self, name: str, blocks: int, columns: int, *arguments: Any, steps: int = 1, per_thread: int = 4, alone: bool = False
+    ) -> None:
+        """Run `blocks` blocks of kernel `name`, each of `steps` steps over `columns` columns.
 
-        `alone` keeps them in the calling thread: for those that are one of several tasks already.
+        `alone` keeps them in the calling thread: for those that are one of several tasks already. `per_thread` is for
+        processors whose blocks have threads.
         """
         index = self._library.index[name]
         slots = _slots(arguments)
         # Below some 100,000 columns handing work to another thread takes longer than doing it.
-        parts = 1 if alone else min(4 * self.threads, blocks, 1 + blocks * width // 100_000)
+        parts = 1 if alone else min(4 * self.threads, blocks, 1 + blocks * columns * steps // 100_000)
         if parts <= 1 or self.threads == 1:
             self._library.run_blocks(index, 0, blocks, slots)
             return
@@ -230,13 +236,13 @@ class Host(Processor):
         for done in [self._pool.submit(task) for task in tasks]:
             done.result()
 
-    def gemm(self, a: Any, b: Any, out: Any, add_by: Any = None) -> None:
-        """out = a @ b, or out += a @ b by way of the scratch `add_by`."""
-        if add_by is None:
-            np.matmul(a, b, out=out)
+    def gemm(self, a: Any, b: Any, out: Any, add: bool = False, scratch: Any = None) -> None:
+        """out = a @ b, or out += a @ b by way of `scratch`, of the shape of `out`."""
+        if add:
+            np.matmul(a, b, out=scratch)
+            out += scratch
         else:
-            np.matmul(a, b, out=add_by)
-            out += add_by
+            np.matmul(a, b, out=out)
 
     def zero(self, array: Any) -> None:
         """Fill with zeros."""
@@ -249,6 +255,10 @@ class Host(Processor):
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """An array where Python can read it; synchronises on CUDA."""
         return np.asarray(array)
+
+    def dense(self, array: Any, dtype: str) -> Any:
+        """An array in order of its elements, of a dtype; itself where it is so already."""
+        return np.ascontiguousarray(array, numpy_dtype(dtype))
 
 
 class Workers:
