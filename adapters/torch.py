@@ -242,7 +242,9 @@ def _one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     kind = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(kind) if isinstance(tensor, Tensor) and tensor.dtype != torch.float64 else tensor for tensor in tensors)
+    return tuple(
+        tensor.to(kind) if isinstance(tensor, Tensor) and tensor.dtype != torch.float64 else tensor for tensor in tensors
+    )
 
 
 class RNNTLoss(torch.nn.Module):

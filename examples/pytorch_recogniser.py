@@ -29,7 +29,7 @@ from transducer_loss.adapters.torch import joint_rnnt_loss
 
 import transducer_loss
 
-TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 2000, 400
+TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 3000, 400
 BATCH_SIZE = 32
 SUBSAMPLING = 4  # feature frames per encoder frame
 ENCODER_PERIOD = SUBSAMPLING * spoken_numbers.FRAME_PERIOD  # seconds
@@ -128,13 +128,13 @@ class TensorBatch:
         )
 
 
-def loss_of(model: Recogniser, batch: TensorBatch) -> Tensor:
+def loss_of(model: Recogniser, batch: TensorBatch, workspace: str) -> Tensor:
     """Mean loss of a batch."""
     encoder, _ = model.encoder(batch.features)
     predictor = model.predictor.sequence(batch.targets)
     return joint_rnnt_loss(
-        encoder, predictor, model.output.weight, model.output.bias,
-        batch.targets, batch.encoder_lengths, batch.target_lengths, blank=BLANK,
+        encoder, predictor, model.output.weight, model.output.bias, batch.targets, batch.encoder_lengths, batch.target_lengths,
+        blank=BLANK, workspace=workspace,
     )  # fmt: skip
 
 
@@ -189,7 +189,9 @@ class Training:
     utterances_per_second: float = 0.0
 
 
-def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int) -> Training:
+def train(
+    model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int, workspace: str
+) -> Training:
     """Train a model, and follow its character error rate on the held-out utterances."""
     rng = np.random.default_rng(seed)
     device = model.output.weight.device
@@ -212,7 +214,7 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
             started = time.perf_counter()
             warm_up = min(1.0, (len(done.losses) + 1) / WARM_UP_STEPS)
             optimiser.param_groups[0]["lr"] = PEAK_LEARNING_RATE * warm_up * (1 + math.cos(math.pi * used)) / 2
-            loss = loss_of(model, TensorBatch.of(next(batches), device))
+            loss = loss_of(model, TensorBatch.of(next(batches), device), workspace)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -269,21 +271,27 @@ class Word:
 
 def share_needing_gradient(arguments: tuple[np.ndarray, ...]) -> float:
     """Share of a batch's cells that the loss makes a gradient for."""
-    *_, encoder_lengths, target_lengths = arguments
     _, grads = transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK)
-    cells = np.sum(encoder_lengths * (target_lengths + 1))
-    return 1 - float(grads.dropped) / float(cells)
+    return 1 - grads.dropped
 
 
-def loss_megabytes(arguments: tuple[np.ndarray, ...]) -> tuple[float, float]:
-    """Most memory that the loss of a batch and its gradients take, and what the logits alone would have taken."""
-    encoder, predictor, weight, *_ = arguments
-    tracemalloc.start()
-    transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+def loss_megabytes(arguments: tuple[np.ndarray, ...], workspace: str, device: torch.device) -> tuple[float, float]:
+    """Measure the most memory that a loss takes beside its gradients; and say what its logits would have taken."""
+    encoder, predictor, weight, bias, *_ = arguments
+    if device.type == "cuda":
+        tensors = [torch.from_numpy(array).to(device).requires_grad_() for array in arguments[:4]]
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        joint_rnnt_loss(*tensors, *map(torch.from_numpy, arguments[4:]), blank=BLANK, workspace=workspace)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        tracemalloc.start()  # NumPy reports its arrays there
+        transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, workspace=workspace)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    gradients = sum(array.nbytes for array in (encoder, predictor, weight, bias))
     logits = 4 * encoder.shape[0] * encoder.shape[1] * predictor.shape[1] * weight.shape[0]
-    return peak / 1e6, logits / 1e6
+    return (peak - gradients) / 1e6, logits / 1e6
 
 
 def pick_device(name: str) -> torch.device:
@@ -311,13 +319,14 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="minutes of training, in place of steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
+    parser.add_argument("--workspace", default="4MiB", help="temporary memory of the loss (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     return parser.parse_args()
 
 
 def look_into(
-    model: Recogniser, training: list[Utterance], held_out: list[Utterance], done: Training, out: Path
+    model: Recogniser, training: list[Utterance], held_out: list[Utterance], done: Training, workspace: str, out: Path
 ) -> dict[str, Any]:
     """Draw the pictures, and gather the results that are known once training is over."""
     heard = list(zip(held_out, done.hypotheses, strict=True))
@@ -334,7 +343,7 @@ def look_into(
     )  # fmt: skip
     longest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
     largest = loss_arguments(model, longest)
-    taken, avoided = loss_megabytes(largest)
+    taken, avoided = loss_megabytes(largest, workspace, model.output.weight.device)
     wrong = [(utterance.text, hypothesis) for utterance, hypothesis in heard if hypothesis != utterance.text]
     return {
         "loss": float(np.mean(done.losses[-20:])),
@@ -379,9 +388,10 @@ def main() -> None:
     training, held_out = synthesise(arguments.seed)
     times.append(time.perf_counter())
     model = Recogniser().to(device)
-    done = train(model, training, held_out, Budget(arguments.steps, arguments.minutes), arguments.seed)
+    budget = Budget(arguments.steps, arguments.minutes)
+    done = train(model, training, held_out, budget, arguments.seed, arguments.workspace)
     times.append(time.perf_counter())
-    results = look_into(model, training, held_out, done, arguments.out)
+    results = look_into(model, training, held_out, done, arguments.workspace, arguments.out)
     times.append(time.perf_counter())
     phases = ("speech", "training", "report")
     results |= {

@@ -96,7 +96,7 @@ def _described(capsule: Any, name: str) -> tuple[int, tuple[int, ...], tuple[int
     if tensor.strides:
         strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
     else:
-        strides = np.empty(shape, np.dtype(np.void)).strides if 0 in shape else _dense(shape, dtype.itemsize)
+        strides = _dense(shape, dtype.itemsize)
     return (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype
 
 
@@ -108,14 +108,22 @@ def _dense(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Where an array's memory begins, relative to its first element, and how many bytes it spans."""
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    low = sum(min(0, step) for step in reach)
+    return low, sum(max(0, step) for step in reach) - low + itemsize
+
+
 def _host_view(capsule: Any, name: str) -> np.ndarray[Any, Any]:
     address, shape, strides, dtype = _described(capsule, name)
     if 0 in shape:
         return np.empty(shape, dtype)
-    extent = dtype.itemsize + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    buffer = (ctypes.c_char * extent).from_address(address)
+    low, extent = _extent(shape, strides, dtype.itemsize)
+    buffer: Any = (ctypes.c_char * extent).from_address(address + low)
     buffer._owner = capsule  # the memory lives as long as the capsule, which lives as long as the view's buffer
-    return np.ndarray(shape, dtype, buffer, 0, strides)
+    view: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer, -low, strides)
+    return view
 
 
 def _cuda_view(value: Any, index: int, name: str) -> Any:
@@ -124,11 +132,9 @@ def _cuda_view(value: Any, index: int, name: str) -> Any:
     with cupy.cuda.Device(index):
         capsule = value.__dlpack__(stream=cupy.cuda.get_current_stream().ptr or 1)
         address, shape, strides, dtype = _described(capsule, name)
-        extent = 0 if 0 in shape else dtype.itemsize + sum(
-            (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
-        )
-        memory = cupy.cuda.UnownedMemory(address, extent, capsule, index)
-        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+        low, extent = (0, 0) if 0 in shape else _extent(shape, strides, dtype.itemsize)
+        memory = cupy.cuda.UnownedMemory(address + low, extent, capsule, index)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, -low), strides)
 
 
 def element_strides(array: Any) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ class Kept(NamedTuple):
     """The cells of a group that get a gradient; with ``cells=None`` all of them."""
 
     cells: Any
-    """(count,) int64: which, in order."""
+    """(number,) int64: which, in order."""
     positions: Any
     """(cells + 1,) int64: how many kept cells lie before each cell."""
-    count: int
+    number: int
     before_row: Any
     """(rows + 1,) int64: how many kept cells lie before each lattice row."""
 

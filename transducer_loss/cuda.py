@@ -55,6 +55,7 @@ class Cuda(Processor):
     host = False
     strips = 1
     threads = 1
+    tile_cells = 1 << 62
     group_cells = 1 << 62
     default_workspace = 1 << 30
     reserved = _CUBLAS_WORKSPACE

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -47,7 +48,7 @@ class Problem:
     @property
     def operand(self) -> str:
         """Of the matrix products' operands: the host widens half types, whose products it cannot make fast."""
-        return self.dtype if self.processor.host else str(self.joint.encoder.dtype.name)
+        return str(self.dtype if self.processor.host else self.joint.encoder.dtype.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ def plan(of: Problem) -> Plan:
         of_tile = tile * (classes * (size + (halves if split else 0)) + features * (halves + size) + size)
         sums = 0 if strips == 1 else classes * (features + 1) + columns * features
         product = classes * (features + 1) if of.processor.host else 0
-        return strips * (of_tile + (sums + product) * size)
+        return int(strips * (of_tile + (sums + product) * size))
 
-    full_tile = max(32, of.processor.tile_bytes // (classes * size))
+    full_tile = min(of.processor.tile_cells, max(32, of.processor.tile_bytes // (classes * size)))
     full_tile = min(full_tile, -(-int(counts.sum()) // of.processor.strips) + 1)
     shapes = [(strips, full_tile) for strips in (8, 4, 2) if strips <= of.processor.strips]
     tile = full_tile
@@ -95,12 +96,15 @@ def plan(of: Problem) -> Plan:
     shapes.append((1, min(full_tile, 8)))
     least = fixed(*shapes[-1]) + reserved + int(arrays.max())
     if least > of.workspace:
-        raise ValueError(f"workspace: expected at least {least} bytes for one tile and the longest utterance, got {of.workspace}")
-    strips, tile = next(
-        shape for shape in shapes
-        if fixed(*shape) + reserved <= of.workspace // 2 and fixed(*shape) + reserved + int(arrays.max()) <= of.workspace
-        or shape == shapes[-1]
-    )  # fmt: skip
+        raise ValueError(
+            f"workspace: expected at least {least} bytes for one tile and the longest utterance, got {of.workspace}"
+        )
+
+    def fits(strips: int, tile: int) -> bool:
+        spent = fixed(strips, tile) + reserved
+        return bool(spent <= of.workspace // 2 and spent + arrays.max() <= of.workspace)
+
+    strips, tile = next((shape for shape in shapes if fits(*shape)), shapes[-1])
     room = of.workspace - reserved - fixed(strips, tile)
     with_logits = arrays + classes * size * counts
 
@@ -206,7 +210,7 @@ class Engine:
     def arcs(self, group: Group, keep: bool) -> tuple[softmax.Arcs, Any]:
         """Pass one: arcs of a group's cells, and with `keep` the exponentials of their logits."""
         arcs = softmax.empty_arcs(self.processor, group.cells, self.of.dtype)
-        logits = self.retained[: group.cells] if keep else None
+        logits = self.retained[: group.cells] if keep and self.retained is not None else None
         self.processor.run([
             functools.partial(self._arcs_of_tile, group, arcs, logits, begin, end)
             for begin, end in _spans(0, group.cells, self.plan.tile)
@@ -279,10 +283,10 @@ class Engine:
             )
         else:
             kept = compact.Kept(None, None, group.cells, None)
-        gradients.kept += kept.count
+        gradients.kept += kept.number
         bounds = self._bounds(group, kept)
         tasks = []
-        for strip, begin, end in zip(strips, bounds, bounds[1:], strict=False):
+        for strip, (begin, end) in zip(strips, itertools.pairwise(bounds), strict=True):
             strip.carried = -1
             if end > begin:
                 tasks.append(functools.partial(
@@ -297,13 +301,13 @@ class Engine:
     def _bounds(self, group: Group, kept: compact.Kept) -> list[int]:
         """Where strips begin in the list of kept cells: about equal parts, each beginning with a lattice row."""
         if self.plan.strips == 1:
-            return [0, kept.count]
+            return [0, kept.number]
         if kept.before_row is None:
             part = slice(group.begin, group.begin + group.count)
             starts = np.concatenate([[0], np.cumsum(np.repeat(self.of.cells.width[part], self.of.cells.frames[part]))])
         else:
             starts = kept.before_row
-        wanted = [kept.count * strip // self.plan.strips for strip in range(self.plan.strips + 1)]
+        wanted = [kept.number * strip // self.plan.strips for strip in range(self.plan.strips + 1)]
         return [int(starts[i]) for i in np.searchsorted(starts, wanted)]
 
     def _utterances(self, group: Group, kept: compact.Kept, begin: int, end: int) -> tuple[int, int]:
@@ -382,7 +386,7 @@ def _spans(begin: int, end: int, most: int) -> list[tuple[int, int]]:
     """[begin, end) in equal parts of at most `most`: no short tile at the end, whose matrix products would be slow."""
     parts = max(1, -(-(end - begin) // most))
     bounds = [begin + (end - begin) * part // parts for part in range(parts + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 @contextlib.contextmanager

@@ -201,7 +201,9 @@ def joint_rnnt_loss(
         The output layer (``kernel.T`` of Keras and Flax).
     bias : (V,) array or None
         Of the output layer.
-    targets, encoder_lengths, target_lengths, blank, topology, fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
+    targets, encoder_lengths, target_lengths, blank, topology
+        As of `rnnt_loss`.
+    fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
         As of `rnnt_loss`.
     activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
         Of the hidden features; "gelu" is the exact one, "leaky_relu" has slope 0.01.
@@ -212,11 +214,11 @@ def joint_rnnt_loss(
     gradient : bool
         Whether to make the gradients.
     workspace : int or str, optional
-        Bound on all temporary memory, in bytes or as "256MiB" (the default on the host; 1 GiB on CUDA). Larger is faster up to
-        the point where a group's logits fit.
+        Bound on all temporary memory, in bytes or as "256MiB" (the default on the host; 1 GiB on CUDA). Larger is faster,
+        up to the point where a group's logits fit.
     occupancy_floor : float
-        Cells that the paths of an utterance use less than ``occupancy_floor * (T_b + U_b) / cells_b`` times get no gradient: all
-        dropped ones together are used less than ``occupancy_floor * (T_b + U_b)`` times. 0 keeps every cell.
+        Cells that the paths of an utterance use less than ``occupancy_floor * (T_b + U_b) / cells_b`` times get no
+        gradient: all dropped ones together are used less than ``occupancy_floor * (T_b + U_b)`` times. 0 keeps every cell.
 
     Returns
     -------
@@ -255,5 +257,7 @@ def joint_rnnt_loss(
     if done.gradients is None:
         return done.native, None
     kind = of.joint.encoder.dtype
-    arrays = (None if native is None else native.astype(kind, copy=False) for native in done.gradients.native)
-    return done.native, Grads(*arrays, dropped_share(of, done.gradients))
+    encoder, predictor, weight, bias = (
+        None if native is None else native.astype(kind, copy=False) for native in done.gradients.native
+    )
+    return done.native, Grads(encoder, predictor, weight, bias, dropped_share(of, done.gradients))

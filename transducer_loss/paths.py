@@ -18,7 +18,8 @@ class Occupancy:
     Attributes
     ----------
     blank, label : (B, T, U+1) array
-        That a path takes the blank, or the label, out of cell (t, u); 0 in the padding. Over any cut of a lattice they sum to 1.
+        That a path takes the blank, or the label, out of cell (t, u); 0 in the padding. Over any cut of a lattice they
+        sum to 1.
     loss : (B,) array
         As of the loss function.
     """

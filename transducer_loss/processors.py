@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 import queue
 import struct
@@ -152,6 +153,8 @@ class Processor:
     """Parts of a group's second pass that may run side by side; a constant, so that sums have one order."""
     tile_bytes: int
     """Logits of a tile: what stays in the cache between the matrix products and the kernels around them."""
+    tile_cells: int
+    """Cells of a tile beyond which its matrix products gain nothing."""
     group_cells: int
     """Cells of a group beyond which more utterances in it gain nothing."""
     default_workspace: int
@@ -169,6 +172,10 @@ class Processor:
             self.zero(view)
         return native, view
 
+    def zero(self, array: Any) -> None:
+        """Fill with zeros."""
+        raise NotImplementedError
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Uninitialised temporary array, from the caller's framework's memory."""
         return self.output(shape, dtype)[1]
@@ -182,7 +189,8 @@ class Host(Processor):
 
     host = True
     strips = 8
-    tile_bytes = 1 << 20
+    tile_bytes = 4 << 20
+    tile_cells = 512
     group_cells = 16_384
     default_workspace = 256 << 20
     reserved = 0
@@ -222,7 +230,7 @@ class Host(Processor):
         bounds = [blocks * part // parts for part in range(parts + 1)]
         self.run([
             functools.partial(self._library.run_blocks, index, begin, end, slots)
-            for begin, end in zip(bounds, bounds[1:], strict=False)
+            for begin, end in itertools.pairwise(bounds)
         ])
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:

@@ -22,7 +22,7 @@ def empty_arcs(processor: Any, cells: int, dtype: str) -> Arcs:
     return Arcs(*(processor.empty((cells,), dtype) for _ in range(3)))
 
 
-def _strides(logits: Any) -> tuple[int, int, int, int, int]:
+def _strides(logits: Any) -> tuple[int, ...]:
     """Whether logits are packed (cells, V), and their strides by utterance, frame, label (or cell) and class."""
     if logits.ndim == 2:
         return (1, 0, 0, *element_strides(logits))
