@@ -71,8 +71,8 @@ VISIBLE void run_blocks(int64_t i, int64_t begin, int64_t end, const int64_t* ar
 #else
 // Runs blocks [0, blocks) of kernel i one after the other, each with `threads` real threads.
 VISIBLE void run_emulated(int64_t i, int64_t blocks, int64_t threads, const int64_t* arguments) {
-    emulate((int)threads, [=] {
-        blocks_here = {0, blocks};
+    emulate((int)threads, blocks, [=](long long begin, long long end) {
+        blocks_here = {begin, end};
         kernels()[(std::size_t)i].run(arguments);
     });
 }

@@ -28,7 +28,6 @@ static inline void __syncthreads() {}
 #define SHARED(type, name, n) type name[n]
 #elif defined(EMULATED)
 #include "emulator.h"
-#define SHARED(type, name, n) static type name[n]
 #endif
 
 // BLOCKS: the work items of this block. PARALLEL: the columns of this thread.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,8 +14,9 @@ import numpy as np
 
 import transducer_loss
 from transducer_loss import reference
-from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
+from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype, on_host
 from transducer_loss.checks import TOPOLOGIES, choice
+from transducer_loss.info import cuda
 
 Array = np.ndarray[Any, Any]
 
@@ -26,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hat": {"hat": True},
     "normalized": {"normalized": True},
 }
+
+_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 _BLANK = 1
 _WEIGHTS = (1.0, -0.5, 2.0, 0.25)
@@ -141,7 +146,9 @@ def _least_workspace(call: Callable[..., Any]) -> int:
     raise ValueError("workspace: expected an error for a workspace of 1 byte, got a loss")
 
 
-def _results(function: str, case: Case, topology: str, variant: str, dtype: str, to_device: Callable[[Array], Any]) -> Iterator[Any]:
+def _results(
+    function: str, topology: str, variant: str, dtype: str, case: Case, to_device: Callable[[Array], Any]
+) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Loss and gradients of a case, in every way that the function has to make them."""
     floats, integers = _inputs(function, variant, case)
     call = functools.partial(
@@ -153,15 +160,143 @@ def _results(function: str, case: Case, topology: str, variant: str, dtype: str,
         yield loss, (gradient,)
         return
     # So low a floor drops cells, yet changes no gradient by more than a rounding does.
-    call = functools.partial(call, occupancy_floor=float(np.finfo(COMPUTE[dtype]).eps) / 4)
+    call = functools.partial(call, occupancy_floor=_EPSILON[COMPUTE[dtype]] / 4)
     for workspace in (None, _least_workspace(call)):  # logits kept between the passes, and logits made again in small tiles
         loss, grads = call(workspace=workspace)
         yield loss, (grads.encoder, grads.predictor, grads.weight, grads.bias)
 
 
-def _float64(array: Any) -> Array:
-    return np.asarray(array if isinstance(array, np.ndarray) else array.get()).astype(np.float64)
+def _difference(array: Any, expected: Array) -> Array:
+    if array.shape != expected.shape:
+        raise ValueError(f"expected a result of shape {expected.shape}, got {array.shape}")
+    return np.asarray(array if on_host(array) else array.get()).astype(np.float64) - expected
 
 
-def _relative(value: Array, expected: Array) -> float:
-    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+def budgets(function: str, dtype: str, device: str) -> tuple[float, float]:
+    """Errors that rounding alone may cause, of a loss and of a gradient.
+
+    With e the epsilon of `dtype`, and c that of the type it is computed in (float32 for half types):
+
+    - A loss sums path weights as mantissa and exponent, and takes one logarithm: 8 c.
+    - A float32 gradient is a product over a path of up to 85 arcs, each off by the rounding of its log-probability (about 5 c):
+      5 sqrt(85) c for independent roundings, and less than 32 c.
+    - A float64 gradient is as good, but the reference is not: it exponentiates sums of log-probabilities that reach the loss
+      (300 in these cases), so that it is off by some hundred e itself: 2048 e.
+    - A half-type gradient is computed in float32 and rounded once, to within e / 2: e.
+    - On CUDA the joint-fused loss hands half types to the tensor cores: hidden features and the gradient of the logits are
+      rounded too, which adds a loss error of up to e / 2 and makes the gradient's budget 3 e.
+
+    Parameters
+    ----------
+    function, dtype : str
+        One of `FUNCTIONS`, and of float16, bfloat16, float32, float64.
+    device : str
+        ``"cpu"`` or a CUDA device.
+
+    Returns
+    -------
+    loss, gradient : float
+        Budgets of the errors of `Row`.
+
+    Examples
+    --------
+    >>> budgets("rnnt_loss", "float16", "cpu")[1]
+    0.0009765625
+    """
+    epsilon, computed = _EPSILON[dtype], _EPSILON[COMPUTE[dtype]]
+    if dtype == COMPUTE[dtype]:
+        return 8 * computed, (2048 if dtype == "float64" else 32) * epsilon
+    if function == "joint_rnnt_loss" and device != "cpu":
+        return 8 * computed + epsilon / 2, 3 * epsilon
+    return 8 * computed, epsilon
+
+
+def _errors(function: str, topology: str, dtype: str, variant: str, seed: int, to_device: Callable[[Array], Any]) -> Array:
+    """Worst error of the loss, and of the gradients, over the cases. NaN is the worst of all."""
+    worst = np.zeros(2)
+    for index, case in enumerate(_cases(seed)):
+        expected, expected_gradients = _expected(function, topology, variant, seed, index)
+        for loss, gradients in _results(function, topology, variant, dtype, case, to_device):
+            by_utterance = abs(_difference(loss, expected)) / np.maximum(1.0, abs(expected))
+            by_gradient = [
+                np.linalg.norm(_difference(gradient, wanted)) / np.linalg.norm(wanted)
+                for gradient, wanted in zip(gradients, expected_gradients, strict=True)
+            ]
+            worst = np.maximum(worst, [np.max(by_utterance), np.max(by_gradient)])
+    return worst
+
+
+def _device(name: str) -> tuple[str, contextlib.AbstractContextManager[Any], Callable[[Array], Any]]:
+    """Name of a device, a context in which it is the current one, and how arrays get there."""
+    if name == "cpu":
+        return name, contextlib.nullcontext(), lambda array: array
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    found, index = cuda(), int(match[1] or 0)
+    if not found["usable"]:
+        raise ValueError(f"device: expected a usable CUDA device, got {name!r}: {found['reason']}")
+    if index >= len(found["devices"]):
+        raise ValueError(f"device: expected a CUDA device below {len(found['devices'])}, got {name!r}")
+    import cupy
+
+    return f"cuda:{index}", cupy.cuda.Device(index), cupy.asarray
+
+
+def check(
+    device: str = "cpu", *, functions: Sequence[str] = FUNCTIONS, dtypes: Sequence[str] = FLOATS, seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:  # fmt: skip
+    """Compare every loss and gradient with the float64 reference.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Inputs are NumPy or CuPy arrays.
+    functions, dtypes : sequence of str
+        Which losses of `FUNCTIONS`, and which of float16, bfloat16, float32, float64.
+    seed : int
+        Of the inputs.
+    progress : callable, optional
+        Told what comes next.
+
+    Returns
+    -------
+    list of Row
+        One for each function, topology, variant and dtype. A loss that raises fails its row, not the check.
+
+    Raises
+    ------
+    ValueError
+        For a device that is not usable, or a function or dtype that there is not.
+
+    Examples
+    --------
+    >>> rows = check("cpu", functions=["rnnt_loss"], dtypes=["float32"])
+    >>> len(rows), all(row.passed for row in rows)
+    (15, True)
+    """
+    for function in functions:
+        choice(function, FUNCTIONS, "functions")
+    for dtype in dtypes:
+        choice(dtype, FLOATS, "dtypes")
+    device, current, to_device = _device(device)
+    rows = []
+    with current:
+        for function, topology, variant in itertools.product(functions, TOPOLOGIES, VARIANTS):
+            if function == "joint_rnnt_loss" and variant == "normalized":
+                continue  # the joint makes logits
+            if progress is not None:
+                progress(f"{function} {topology} {variant}")
+            for dtype in dtypes:
+                (loss_error, gradient_error), problem = (np.nan, np.nan), ""
+                try:
+                    loss_error, gradient_error = _errors(function, topology, dtype, variant, seed, to_device)
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {error}"
+                loss_budget, gradient_budget = budgets(function, dtype, device)
+                rows.append(Row(
+                    function, topology, dtype, variant, float(loss_error), float(gradient_error), loss_budget, gradient_budget,
+                    problem,
+                ))  # fmt: skip
+    return rows

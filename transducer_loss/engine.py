@@ -180,11 +180,6 @@ class Engine:
         self.bias = None if of.bias is None else processor.dense(of.bias, of.dtype)
         self.classes, self.features = of.weight.shape
         self.ones = processor.to_device(np.ones((self.plan.tile, 1), numpy_dtype(operand)))
-        most = max(
-            (int(of.cells.counts[slice(*g)].sum()) for g, k in zip(self.plan.groups, self.plan.retained, strict=True) if k),
-            default=0,
-        )
-        self.retained = processor.empty((most, self.classes), of.dtype) if most else None
         cells = max(int(of.cells.counts[slice(*g)].sum()) for g in self.plan.groups)
         self.scratch = processor.empty((2 * lattice.scaled_bytes(of.dtype) * cells + 16,), "uint8")
         self.tiles = Workers(self._tile, min(processor.threads, self.plan.strips))
@@ -202,6 +197,13 @@ class Engine:
             column_sums=empty((self.classes, 1), of.dtype) if self.processor.host else None,
         )
 
+    @functools.cached_property
+    def retained(self) -> Any:
+        """Room for the logits of the largest group that keeps them; not made where there is no second pass at once."""
+        kept = (group for group, keeps in zip(self.plan.groups, self.plan.retained, strict=True) if keeps)
+        most = max(int(self.of.cells.counts[slice(*group)].sum()) for group in kept)
+        return self.processor.empty((most, self.classes), self.of.dtype)
+
     def groups(self) -> Iterator[tuple[Group, bool]]:
         """The groups, and whether the workspace holds their logits."""
         for (begin, end), retained in zip(self.plan.groups, self.plan.retained, strict=True):
@@ -210,7 +212,7 @@ class Engine:
     def arcs(self, group: Group, keep: bool) -> tuple[softmax.Arcs, Any]:
         """Pass one: arcs of a group's cells, and with `keep` the exponentials of their logits."""
         arcs = softmax.empty_arcs(self.processor, group.cells, self.of.dtype)
-        logits = self.retained[: group.cells] if keep and self.retained is not None else None
+        logits = self.retained[: group.cells] if keep else None
         self.processor.run([
             functools.partial(self._arcs_of_tile, group, arcs, logits, begin, end)
             for begin, end in _spans(0, group.cells, self.plan.tile)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from transducer_loss.arrays import element_strides
-from transducer_loss.cells import Cells
+from transducer_loss.cells import Cells, Group
 from transducer_loss.checks import (
     Options,
     choice,
@@ -111,7 +111,7 @@ class Forward:
     """(B,) array of the caller's framework."""
     loss: Any
     """(B,) with +inf where there is no path, whatever `native` reports."""
-    saved: list[Saved]
+    saved: list[Saved | None]
     """One for each group, where the gradient is made later."""
     gradients: Gradients | None
 
@@ -128,18 +128,20 @@ def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: boo
         if gradients is not None:
             strips = engine.strips(gradients)
             weights, weight = engine.scaled(weights, weight, gradients)
-        everything = []
-        for group, retained in engine.groups():
-            keep = retained and now
+
+        def of_group(group: Group, keep: bool) -> Saved | None:
+            # A function, so that a group's arrays are gone before those of the next are made.
             arcs, logits = engine.arcs(group, keep)
             occupancy = engine.occupancy(group, arcs, loss, reported, gradient)
             if occupancy is None:
-                continue
+                return None
             saved = Saved(arcs.normaliser, occupancy, logits)
             if gradients is None:
-                everything.append(saved)
-            else:
-                engine.backward(group, saved, loss, weights, weight, strips, gradients)
+                return saved
+            engine.backward(group, saved, loss, weights, weight, strips, gradients)
+            return None
+
+        everything = [of_group(group, retained and now) for group, retained in engine.groups()]
         raise_infeasible(engine.processor, loss, of.options)
         return Forward(native, loss, everything, None if gradients is None else engine.finish(strips, gradients))
 
@@ -151,6 +153,8 @@ def backward(of: Problem, done: Forward, weights: Any) -> Gradients:
         strips = engine.strips(gradients)
         weights, weight = engine.scaled(weights, 1.0, gradients)
         for (group, _), saved in zip(engine.groups(), done.saved, strict=True):
+            if saved is None:
+                raise ValueError("done: expected a forward pass with later=True, got one that made its gradients")
             engine.backward(group, saved, done.loss, weights, weight, strips, gradients)
         return engine.finish(strips, gradients)
 

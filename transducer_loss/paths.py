@@ -115,6 +115,7 @@ def occupancy(*inputs: Any, **options: Any) -> Occupancy:
                 part = slice(group.offsets[i], group.offsets[i + 1])
                 for out, packed in zip((blank, label), pair, strict=True):
                     out[b, :frames, :width] = packed[part].reshape(frames, width)
+            del arcs, values, pair, packed  # before those of the next group are made
         logits_loss.raise_infeasible(processor, loss, of.options)
     return Occupancy(blank, label, reported)
 

@@ -1,0 +1,140 @@
+"""The command line: ``python -m transducer_loss info | check``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from transducer_loss import check, info
+from transducer_loss.arrays import FLOATS
+
+Cells = Sequence[Sequence[str]]
+
+
+def _show(columns: Sequence[str], rows: Cells) -> None:
+    """Print a table: by rich in a terminal that has it, else as plain aligned text."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        for row in (columns, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    # Without a terminal rich would assume 80 columns and wrap.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _print_json(value: Any) -> None:
+    """NaN and infinities are not JSON: null stands for them."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    found = info.describe()
+    if arguments.json:
+        _print_json(found)
+        return 0
+    host, cuda = found["host"], found["cuda"]
+    rows = [
+        ["transducer_loss", found["transducer_loss"]],
+        ["Python", f"{found['python']}, {found['platform']}"],
+        ["host library", host["library"] or host["reason"]],
+        *([f"  not {level}", reason] for level, reason in host["better"].items()),
+        ["threads", str(host["threads"])],
+        ["NumPy", host["numpy"]],
+        *(["BLAS", f"{blas['name']} {blas['version']}, {blas['threads']} threads"] for blas in host["blas"]),
+        ["CuPy", cuda["cupy"] or "none"],
+        ["CUDA", "usable" if cuda["usable"] else cuda["reason"]],
+        *([f"  {name}", cuda[name]] for name in ("driver", "runtime", "nvrtc") if cuda[name]),
+        *(
+            [
+                f"  cuda:{device['index']}",
+                f"{device['name']}, {device['memory'] / 2**30:.0f} GiB, compute capability {device['compute_capability']}",
+            ]
+            for device in cuda["devices"]
+        ),
+        *([name, version or "none"] for name, version in found["frameworks"].items()),
+    ]
+    _show(["what", "found"], rows)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    device = arguments.device or ("cuda" if info.cuda()["usable"] else "cpu")
+    try:
+        rows = check.check(
+            device, functions=arguments.function or check.FUNCTIONS, dtypes=arguments.dtype or FLOATS, seed=arguments.seed,
+            progress=lambda what: print(f"checking {what}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"python -m transducer_loss check: {error}", file=sys.stderr)
+        return 2
+    failed = [row for row in rows if not row.passed]
+    if arguments.json:
+        listed = [{**dataclasses.asdict(row), "passed": row.passed} for row in rows]
+        _print_json({"device": device, "passed": not failed, "failed": len(failed), "rows": listed})
+        return int(bool(failed))
+    _show(
+        ["function", "topology", "variant", "dtype", "loss error", "budget", "gradient error", "budget", "verdict"],
+        [
+            [
+                row.function, row.topology, row.variant, row.dtype, f"{row.loss_error:.1e}", f"{row.loss_budget:.1e}",
+                f"{row.gradient_error:.1e}", f"{row.gradient_budget:.1e}", "passed" if row.passed else row.problem or "FAILED",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+    print(f"{device}: {len(rows) - len(failed)} of {len(rows)} passed")
+    return int(bool(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 where a check failed, or 2 for what cannot be done.
+    """
+    parser = argparse.ArgumentParser(prog="python -m transducer_loss", description="Losses for training neural transducers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = commands.add_parser("info", help="what is installed and usable")
+    about.set_defaults(run=_info)
+    compare = commands.add_parser("check", help="every loss and gradient on this device against float64")
+    compare.set_defaults(run=_check)
+    compare.add_argument("--device", help="cpu, cuda or cuda:N; by default the first CUDA device, where there is one")
+    compare.add_argument("--function", action="append", choices=check.FUNCTIONS, help="check only this; may be repeated")
+    compare.add_argument("--dtype", action="append", choices=FLOATS, help="check only this; may be repeated")
+    compare.add_argument("--seed", type=int, default=0, help="of the inputs")
+    for command in (about, compare):
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
