@@ -91,9 +91,8 @@ def cuda() -> dict[str, Any]:
     except Exception as error:  # CuPy's import loads CUDA's libraries, and fails in as many ways as they do
         found["reason"] = f"CuPy cannot be imported: {_sentence(error)}"
         return found
-    runtime = cupy.cuda.runtime
-    found["cupy"] = cupy.__version__
     try:
+        found["cupy"], runtime = cupy.__version__, cupy.cuda.runtime
         found["runtime"] = _dotted(runtime.runtimeGetVersion())
         driver = runtime.driverGetVersion()  # 0 without a driver
         if not driver:
