@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from transducer_loss import joint_loss, logits_loss
+from transducer_loss.adapters.samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
 from transducer_loss.checks import choice
+
+__all__ = [
+    "JointRNNTLoss",
+    "RNNTLoss",
+    "SamplewiseRNNTLoss",
+    "joint_rnnt_loss",
+    "rnnt_loss",
+    "samplewise_rnnt_loss",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,15 +42,21 @@ def _caller(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _common(tensor: Any, name: str) -> dict[str, Any]:
+def _common(tensor: Tensor) -> dict[str, Any]:
     """Arguments that the core takes from the framework: its allocator and its number of threads."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     return {"allocate": _allocate_on(tensor.device), "threads": torch.get_num_threads()}
 
 
 def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _followed(**tensors: Any) -> tuple[Any, ...]:
+    """What autograd is to follow; `Function.apply` would have gradients made under no_grad, too."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    return tuple(tensors.values()) if torch.is_grad_enabled() else tuple(map(_plain, tensors.values()))
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
@@ -51,7 +67,7 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, inplace: bool, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
         with _caller(logits):
-            of = logits_loss.problem(logits.detach(), *arguments, **options, **_common(logits, "logits"))
+            of = logits_loss.problem(logits.detach(), *arguments, **options, **_common(logits))
             needed = ctx.needs_input_grad[0]
             logits_loss.check_inplace(of, needed and inplace)
             loss, _, saved = logits_loss.forward(of, keep=needed)
@@ -83,7 +99,7 @@ class _JointLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         inputs = (encoder, predictor, weight, bias)
         with _caller(encoder):
-            of = joint_loss.problem(*map(_plain, inputs), *arguments, **options, **_common(encoder, "encoder"))
+            of = joint_loss.problem(*map(_plain, inputs), *arguments, **options, **_common(encoder))
             needed, later = any(ctx.needs_input_grad), reduction == "none"
             share = 1.0 / len(of.cells.frames) if reduction == "mean" else 1.0
             done = joint_loss.forward(of, weight=share, gradient=needed, later=later)
@@ -161,6 +177,7 @@ def rnnt_loss(
         "blank": blank, "topology": topology, "normalized": normalized, "fastemit_lambda": fastemit_lambda,
         "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible, "validate": validate,
     }  # fmt: skip
+    (logits,) = _followed(logits=logits)
     loss = _LogitsLoss.apply(logits, inplace, (_plain(targets), _plain(logit_lengths), _plain(target_lengths)), options)
     return _reduced(loss, reduction)
 
@@ -230,7 +247,7 @@ def joint_rnnt_loss(
         "fastemit_lambda": fastemit_lambda, "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible,
         "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate,
     }  # fmt: skip
-    inputs = _one_dtype(encoder, predictor, weight, bias)
+    inputs = _one_dtype(*_followed(encoder=encoder, predictor=predictor, weight=weight, bias=bias))
     arguments = (_plain(targets), _plain(encoder_lengths), _plain(target_lengths))
     loss: Tensor = _JointLoss.apply(*inputs, reduction, arguments, options)
     return loss
@@ -238,17 +255,32 @@ def joint_rnnt_loss(
 
 def _one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, as a Linear would: parameters are float32 there and activations half."""
-    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), "cpu")
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
     kind = torch.get_autocast_dtype(device)
     return tuple(
-        tensor.to(kind) if isinstance(tensor, Tensor) and tensor.dtype != torch.float64 else tensor for tensor in tensors
+        tensor.to(kind) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
     )
 
 
 class RNNTLoss(torch.nn.Module):
-    """`rnnt_loss` as a module: its keywords at construction, its tensors at the call."""
+    """`rnnt_loss` as a module: its keywords at construction, its tensors at the call.
+
+    Parameters
+    ----------
+    **options
+        Keywords of `rnnt_loss`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import RNNTLoss
+    >>> loss = RNNTLoss(blank=-1, reduction="sum")
+    >>> loss(torch.zeros(1, 4, 3, 5), torch.tensor([[1, 2]]), [4], [2])
+    tensor(7.3540)
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -271,6 +303,15 @@ class JointRNNTLoss(torch.nn.Module):
     dropout : float
     **options
         Keywords of `joint_rnnt_loss`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import JointRNNTLoss
+    >>> loss = JointRNNTLoss(16, 50, dropout=0.1, activation="relu")
+    >>> loss(torch.randn(2, 30, 16), torch.randn(2, 8, 16), torch.randint(1, 50, (2, 7)), [30, 21], [7, 4]).backward()
+    >>> loss.output.weight.grad.shape
+    torch.Size([50, 16])
     """
 
     def __init__(self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, **options: Any) -> None:

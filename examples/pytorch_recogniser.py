@@ -1,6 +1,6 @@
 """Train a small streaming recogniser of spoken numbers, and look into its loss.
 
-The joint network is fused into the loss: the model only ever makes an encoding per frame and one per character;
+The joint network is fused into the loss: in training the model only ever makes an encoding per frame and one per character;
 the logits of every (frame, character) pair are never held.
 """
 
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pictures
-import spoken_numbers
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from spoken_numbers import BLANK, Batch, Utterance
 from torch import Tensor, nn
-from transducer_loss.adapters.torch import joint_rnnt_loss
 
+import pictures
+import spoken_numbers
 import transducer_loss
+from spoken_numbers import BLANK, Batch, Utterance
+from transducer_loss.adapters.torch import joint_rnnt_loss
 
 TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 3000, 400
 BATCH_SIZE = 32
@@ -250,6 +250,15 @@ def loss_arguments(model: Recogniser, utterances: list[Utterance]) -> tuple[np.n
     return *(tensor.cpu().numpy() for tensor in tensors), batch.encoder_lengths.numpy(), batch.target_lengths.numpy()
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word, when its sound begins and when the recogniser emits its first character, in seconds."""
+
+    text: str
+    spoken: float
+    emitted: float
+
+
 def words_in_time(utterance: Utterance, alignment: np.ndarray) -> list[Word]:
     """Words of an utterance and when they came, from the frame (U,) of every character."""
     words = utterance.text.split()
@@ -258,15 +267,6 @@ def words_in_time(utterance: Utterance, alignment: np.ndarray) -> list[Word]:
         Word(word, spoken=float(spoken), emitted=float(alignment[start] * ENCODER_PERIOD))
         for word, start, spoken in zip(words, starts, utterance.word_starts, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word, when its sound begins and when the recogniser emits its first character, in seconds."""
-
-    text: str
-    spoken: float
-    emitted: float
 
 
 def share_needing_gradient(arguments: tuple[np.ndarray, ...]) -> float:
@@ -401,6 +401,7 @@ def main() -> None:
         "pictures": str(arguments.out),
     }
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1))
     report(results)
 

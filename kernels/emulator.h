@@ -6,7 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,8 +17,14 @@
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
-extern "C" void AnnotateIgnoreSyncBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreSyncEnd(const char* file, int line);
+extern "C" {
+void AnnotateIgnoreSyncBegin(const char* file, int line);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreSyncEnd(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 struct Index { unsigned int x; };
@@ -80,11 +85,26 @@ private:
     Site site_{};
 };
 
-// The lanes' values on their way through a shuffle, as relaxed atomics: they are exchanged without being synchronised. Two
-// sets in turn, so that a shuffle needs one barrier.
+// The lanes' values on their way through a shuffle: two sets in turn, so that one barrier is enough for each.
 struct Warp {
     Barrier barrier;
-    std::atomic<std::uint64_t> words[2][WARP][2];
+    unsigned char values[2][WARP][16];
+};
+
+// As long as it lives ThreadSanitizer does not see what the thread does, so that what other threads do is not ordered by it.
+struct Unseen {
+#if defined(__SANITIZE_THREAD__)
+    Unseen() {
+        AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
+        AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+        AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+    }
+    ~Unseen() {
+        AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+        AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+        AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
+    }
+#endif
 };
 
 // The threads of a block. They live on from launch to launch: under a sanitizer it takes long to start one.
@@ -211,21 +231,13 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 template <typename T>
 T shuffle_xor(T value, int mask, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "a lane's value has up to 16 plain bytes");
+    [[maybe_unused]] const emulation::Unseen unseen;
     emulation::Warp& warp = emulation::block.warp();
+    auto& values = warp.values[emulation::shuffles++ % 2];
     const int lane = (int)threadIdx.x % emulation::WARP;
-    auto& lanes = warp.words[emulation::shuffles++ % 2];
-    std::uint64_t words[2] = {};
-    std::memcpy(words, &value, sizeof(T));
-    for (int i = 0; i < 2; ++i) lanes[lane][i].store(words[i], std::memory_order_relaxed);
-#if defined(__SANITIZE_THREAD__)
-    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
-#endif
+    std::memcpy(values[lane], &value, sizeof(T));
     warp.barrier.wait(emulation::WARP, {file, line});
-#if defined(__SANITIZE_THREAD__)
-    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
-#endif
-    for (int i = 0; i < 2; ++i) words[i] = lanes[lane ^ mask][i].load(std::memory_order_relaxed);
-    std::memcpy(&value, words, sizeof(T));
+    std::memcpy(&value, values[lane ^ mask], sizeof(T));
     return value;
 }
 

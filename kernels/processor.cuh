@@ -211,7 +211,8 @@ DEVICE double error_function(double x) { return __builtin_erf(x); }
 DEVICE void prefetch(const void*) {}
 #endif
 
-// Reductions over the block; every thread gets the result. Blocks are whole warps of 32.
+// Reductions over the block; every thread gets the result. Blocks are whole warps of 32. Each is a barrier too: what a
+// thread read before it, another may overwrite after it.
 #if defined(HOST)
 template <typename T> DEVICE T block_sum(T value) { return value; }
 template <typename T> DEVICE T block_max(T value) { return value; }
@@ -233,6 +234,8 @@ template <typename Combine, typename T> DEVICE T block_reduce(T value) {
         value = of_warp[0];
         for (int other = 1; other < warps; ++other) value = Combine::of(value, of_warp[other]);
         __syncthreads();  // of_warp belongs to the next reduction from here
+    } else {
+        __syncthreads();  // a shuffle alone orders no memory
     }
     return value;
 }

@@ -12,6 +12,12 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(start, bytes)
+#endif
+
 namespace {
 
 void receive(void* to, std::size_t bytes) {
@@ -54,6 +60,7 @@ int main() {
             void* memory = nullptr;
             if (posix_memalign(&memory, 64, array.offset + array.bytes) != 0) std::exit(1);
             array.memory = (char*)memory;
+            ASAN_POISON_MEMORY_REGION(array.memory, array.offset);
             receive(array.start(), array.bytes);
         }
         for (std::size_t i = 0; i < count; ++i) {

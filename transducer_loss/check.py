@@ -32,8 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
-_BLANK = 1
-_WEIGHTS = (1.0, -0.5, 2.0, 0.25)
+_BLANK, _WEIGHTS = 1, (1.0, -0.5, 2.0, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +98,8 @@ def _case(frames: Sequence[int], labels: Sequence[int], classes: int, features: 
         logits[b, frames[b] :] = logits[b, :, labels[b] + 1 :] = np.nan
         encoder[b, frames[b] :] = predictor[b, labels[b] + 1 :] = np.nan
     output = _draw(rng, classes, features, scale=0.5), _draw(rng, classes)
-    return Case(
-        logits, (encoder, predictor, *output), targets, np.array(frames), np.array(labels), np.array(_WEIGHTS[:batch])
-    )  # fmt: skip
+    joint = encoder, predictor, *output
+    return Case(logits, joint, targets, np.array(frames), np.array(labels), np.array(_WEIGHTS[:batch]))
 
 
 @functools.cache
@@ -238,9 +236,9 @@ def _device(name: str) -> tuple[str, contextlib.AbstractContextManager[Any], Cal
         raise ValueError(f"device: expected a usable CUDA device, got {name!r}: {found['reason']}")
     if index >= len(found["devices"]):
         raise ValueError(f"device: expected a CUDA device below {len(found['devices'])}, got {name!r}")
-    import cupy
+    from transducer_loss.cuda import Cuda
 
-    return f"cuda:{index}", cupy.cuda.Device(index), cupy.asarray
+    return f"cuda:{index}", (processor := Cuda(index)), processor.to_device
 
 
 def check(
@@ -276,10 +274,9 @@ def check(
     >>> len(rows), all(row.passed for row in rows)
     (15, True)
     """
-    for function in functions:
-        choice(function, FUNCTIONS, "functions")
-    for dtype in dtypes:
-        choice(dtype, FLOATS, "dtypes")
+    for name, asked, known in (("functions", functions, FUNCTIONS), ("dtypes", dtypes, FLOATS)):
+        for one in asked:
+            choice(one, known, name)
     device, current, to_device = _device(device)
     rows = []
     with current:

@@ -97,7 +97,10 @@ def expect_shape(array: Any, name: str, dims: str, shape: tuple[int, ...]) -> No
 
 
 def _integers(value: Any, name: str) -> Any:
-    array = np.asarray(value) if isinstance(value, (list, tuple, int)) else as_array(value, name)
+    try:
+        array = np.asarray(value) if isinstance(value, (list, tuple, int)) else as_array(value, name)
+    except ValueError:
+        raise ValueError(f"{name}: expected integers, in rows of one length, got {value}") from None
     if array.size == 0 and isinstance(value, (list, tuple)):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

@@ -19,10 +19,11 @@ from transducer_loss.checks import (
     lengths,
     targets_for,
 )
-from transducer_loss.engine import Gradients, Problem, Saved, running
+from transducer_loss.engine import Gradients, Saved, running
 from transducer_loss.joint import ACTIVATIONS, Joint
 from transducer_loss.logits_loss import raise_infeasible, weights_of
 from transducer_loss.processors import Allocate, processor_for
+from transducer_loss.tiling import Problem
 
 
 @dataclasses.dataclass(frozen=True)

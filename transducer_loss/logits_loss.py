@@ -49,6 +49,8 @@ def problem(
     array = float_array(logits, "logits", "cells V" if packed else "B T U+1 V")
     checked = Options.checked(array.shape[-1], **options)
     if packed:
+        if not hasattr(logit_lengths, "__len__") or getattr(logit_lengths, "ndim", 1) == 0:
+            raise ValueError(f"logit_lengths: expected shape (B,), got {logit_lengths}")
         batch = len(logit_lengths)
         high_frames = high_labels = int(array.shape[0])
     else:

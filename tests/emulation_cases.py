@@ -1,0 +1,265 @@
+"""Small problems that together launch every kernel in every way: `test_emulation.py` runs each under every sanitizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import transducer_loss as tl
+from transducer_loss import joint_loss, lattice, logits_loss, softmax
+from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
+from transducer_loss.cells import Cells
+from transducer_loss.joint import ACTIVATIONS
+
+Array = np.ndarray[Any, Any]
+
+# Share of the largest number in an array: sums run in another order, and half types round to the other side.
+TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+FRAMES, LABELS = [5, 3, 1, 2], [3, 0, 2, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of the library, and how its kernels are to be run."""
+
+    name: str
+    run: Callable[[], Any]
+    block: int = 64
+    cuda: bool = False
+    """Take the ways that are for CUDA."""
+    processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Attributes that differ from the host processor's."""
+    rounding: str = "float32"
+    """The coarsest type that anything is rounded to on the way."""
+
+
+def frozen(array: Array) -> Array:
+    """The array, which no kernel may write to now."""
+    array.flags.writeable = False
+    return array
+
+
+def arrays_of(result: Any) -> list[Array]:
+    """All arrays in what a call returned."""
+    if result is None:
+        return []
+    if dataclasses.is_dataclass(result):
+        result = [getattr(result, field.name) for field in dataclasses.fields(result)]
+    if isinstance(result, (tuple, list)):
+        return [array for part in result for array in arrays_of(part)]
+    return [np.asarray(result)]
+
+
+def expect_equal(got: list[Array], expected: list[Array], rounding: str) -> None:
+    """Raise unless the arrays are equal but for the rounding, infinities and NaN in the same places."""
+    assert [array.shape for array in got] == [array.shape for array in expected]
+    for one, other in zip(got, expected, strict=True):
+        kind = max(rounding, one.dtype.name, key=lambda name: TOLERANCE.get(name, 0.0))
+        values, wanted = one.astype(np.float64), other.astype(np.float64)
+        largest = max([1e-3, *np.abs(wanted[np.isfinite(wanted)])])
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=TOLERANCE[kind] * largest)
+
+
+def labels(rng: np.random.Generator, frames: list[int], lengths: list[int], classes: int, dtype: str = "int64") -> Array:
+    """Random labels other than 0, and past each utterance's last one something that is none."""
+    targets = rng.integers(min(1, classes - 1), classes, (len(frames), max(lengths))).astype(dtype)
+    for b, length in enumerate(lengths):
+        targets[b, length:] = -1
+    return frozen(targets)
+
+
+def logits_problem(
+    dtype: str = "float32", frames: list[int] = FRAMES, lengths: list[int] = LABELS, classes: int = 70, *, layout: str = "padded",
+    label_dtype: str = "int64", normalized: bool = False, seed: int = 0,
+) -> tuple[Array, Array, list[int], list[int]]:  # fmt: skip
+    """Arguments of `rnnt_loss`: padding and gaps hold NaN; labels past the last, -1."""
+    rng = np.random.default_rng(seed)
+    shape = (len(frames), max(frames), max(lengths) + 1, classes)
+    values = rng.normal(size=shape) * 2
+    if normalized:
+        values -= np.log(np.exp(values).sum(-1, keepdims=True))
+    for b, (count, length) in enumerate(zip(frames, lengths, strict=True)):
+        values[b, count:] = values[b, :, length + 1 :] = np.nan
+    targets = labels(rng, frames, lengths, classes, label_dtype)
+    if layout == "packed":
+        real = [values[b, :count, : length + 1].reshape(-1, classes) for b, (count, length) in enumerate(zip(frames, lengths, strict=True))]
+        return frozen(np.concatenate(real).astype(numpy_dtype(dtype))), targets, frames, lengths
+    logits = values.astype(numpy_dtype(dtype))
+    if layout == "strided":
+        # Classes far apart, frames from the last to the first, labels in every second column.
+        wide = np.full((shape[0], shape[3], shape[1], 2 * shape[2]), np.nan, logits.dtype)
+        wide[:, :, ::-1, ::2] = logits.transpose(0, 3, 1, 2)
+        logits = frozen(wide).transpose(0, 2, 3, 1)[:, ::-1, ::2]
+        targets = frozen(np.repeat(targets, 2, axis=1))[:, ::2]
+    return frozen(logits), targets, frames, lengths
+
+
+def joint_problem(
+    dtype: str = "float32", frames: list[int] = FRAMES, lengths: list[int] = LABELS, classes: int = 40, features: int = 70, *,
+    bias: bool = True, seed: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `joint_rnnt_loss`: padding holds NaN, encoder and predictor are slices of something wider."""
+    rng = np.random.default_rng(seed)
+    kind = numpy_dtype(dtype)
+    encoder = rng.normal(size=(len(frames), max(frames), features + 3))
+    predictor = rng.normal(size=(len(frames), max(lengths) + 1, features + 1))
+    for b, (count, length) in enumerate(zip(frames, lengths, strict=True)):
+        encoder[b, count:] = predictor[b, length + 1 :] = np.nan
+    weight = rng.normal(size=(classes, features)) / np.sqrt(features)
+    return (
+        frozen(encoder.astype(kind))[..., :features], frozen(predictor.astype(kind))[..., 1:], frozen(weight.astype(kind)),
+        frozen(rng.normal(size=classes).astype(kind)) if bias else None, labels(rng, frames, lengths, classes), frames, lengths,
+    )  # fmt: skip
+
+
+def logits_case(name: str, *, block: int = 64, call: Callable[..., Any] = tl.rnnt_loss, options: dict[str, Any] | None = None,
+                **shape: Any) -> Case:  # fmt: skip
+    """A loss of logits, or what else takes their arguments."""
+    arguments = logits_problem(**shape)
+    given = {"normalized": True, **(options or {})} if shape.get("normalized") else options or {}
+    return Case(name, lambda: call(*arguments, **given), block, rounding=COMPUTE[shape.get("dtype", "float32")])
+
+
+def inplace(name: str, **shape: Any) -> Case:
+    """A loss whose gradient overwrites the logits."""
+    logits, *rest = logits_problem(**shape)
+    return Case(name, lambda: tl.rnnt_loss(logits.copy(), *rest, inplace=True))
+
+
+def joint_case(name: str, *, block: int = 64, cuda: bool = False, call: Callable[..., Any] = tl.joint_rnnt_loss,
+               processor: dict[str, Any] | None = None, options: dict[str, Any] | None = None, **shape: Any) -> Case:  # fmt: skip
+    """A loss fused with the joint; the occupancy floor is one that drops some cells."""
+    arguments = joint_problem(**shape)
+    given = options or {}
+    dtype = shape.get("dtype", "float32")
+    return Case(name, lambda: call(*arguments, **given), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
+
+
+def damaged(name: str, value: float) -> Case:
+    """Logits of which one utterance has a value that is not finite."""
+    logits, *rest = logits_problem()
+    logits = logits.copy()
+    logits[0, 2, 1, 7] = value
+    return Case(name, lambda: tl.rnnt_loss(frozen(logits), *rest))
+
+
+def damaged_joint() -> Case:
+    """An encoder of which one utterance is not finite."""
+    encoder, *rest = joint_problem()
+    encoder = encoder.copy()
+    encoder[0, 1, 3] = np.nan
+    return Case("joint-nan", lambda: tl.joint_rnnt_loss(frozen(encoder), *rest))
+
+
+def later(*arguments: Any, weights: list[float]) -> Any:
+    """The joint-fused loss whose gradient is made after it."""
+    of = _joint(arguments)
+    done = joint_loss.forward(of, later=True)
+    return done.native, joint_loss.backward(of, done, logits_loss.weights_of(of, weights)).native
+
+
+def _joint(arguments: tuple[Any, ...], **options: Any) -> joint_loss.Problem:
+    defaults = {
+        "blank": 0, "topology": "regular", "fastemit_lambda": 0.0, "delay_penalty": 0.0, "hat": False, "infeasible": "inf",
+    }  # fmt: skip
+    return joint_loss.problem(*arguments, **{**defaults, **options})
+
+
+BAND = Cells(
+    np.array([6, 4]), np.array([4, 1]), np.array([3, 2]),
+    np.array([[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, -9, -9]], np.int32),
+)  # fmt: skip
+"""Two utterances of whose lattices only some columns are there."""
+
+
+def band_of_joint(*arguments: Any, topology: str = "regular") -> Any:
+    """The joint-fused loss over a band."""
+    done = joint_loss.forward(dataclasses.replace(_joint(arguments, topology=topology), cells=BAND))
+    assert done.gradients is not None
+    return done.native, done.gradients.native
+
+
+def band_of_logits(*arguments: Any, topology: str = "regular") -> Any:
+    """Arcs, loss, occupancy, best path and gradient over a band, of logits (B, T, width, V)."""
+    options = {"blank": 0, "fastemit_lambda": 0.5, "delay_penalty": 0.1, "hat": False, "infeasible": "inf"}
+    of = logits_loss.problem(*arguments, topology=topology, normalized=False, **options)
+    of = dataclasses.replace(of, logits=of.logits[:, :, : int(BAND.width.max())], cells=BAND, group=BAND.group(of.processor))
+    native, _, saved = logits_loss.forward(of)
+    assert saved is not None
+    gradient = logits_loss.backward(of, saved, None, inplace=False)
+    arcs = softmax.empty_arcs(of.processor, of.group.cells, of.dtype)
+    softmax.forward(of.processor, of.group, of.logits, of.targets, of.options, arcs)
+    frames, score = of.processor.empty((2, 4), "int64"), of.processor.empty((2,), "float64")
+    lattice.best_path(of.processor, of.group, arcs, of.options, frames, score)
+    return native, gradient, frames, score
+
+
+def _cases() -> list[Case]:
+    tiny = {"frames": [2, 1], "lengths": [1, 0]}
+    wide = {"frames": [3, 2], "lengths": [69, 4]}
+    # Beyond the columns that fit the shared memory. Normalised, since their rows need no reductions, which take long here.
+    widest = {"frames": [2, 1], "lengths": [1029, 1], "classes": 3, "normalized": True}
+    every = {"fastemit_lambda": 0.3, "delay_penalty": -0.2, "weights": [2.0, 0.0, -1.0, 0.5]}
+    strips = {"tile_bytes": 1}
+    topologies = ("regular", "modified", "constrained")
+    long = {"frames": [6, 6], "lengths": [4, 4]}
+    return [
+        *(logits_case(f"logits-{dtype}", dtype=dtype) for dtype in FLOATS),
+        *(logits_case(f"logits-block-{block}", block=block, options=every) for block in (32, 128)),
+        logits_case("logits-block-1024", block=1024, **tiny),
+        *(logits_case(f"logits-{dtype}-{layout}", dtype=dtype, layout=layout, label_dtype="int32")
+          for dtype, layout in (("float16", "packed"), ("float64", "packed"), ("bfloat16", "strided"), ("float32", "strided"))),
+        inplace("logits-inplace"),
+        inplace("logits-inplace-packed", layout="packed", dtype="float16"),
+        *(logits_case(f"logits-{topology}", options={"topology": topology, "infeasible": "zero", **every}, dtype=dtype)
+          for topology, dtype in zip(topologies, ("float64", "float32", "float64"), strict=True)),
+        logits_case("logits-normalized", normalized=True, options={"blank": -1}),
+        logits_case("logits-hat", options={"hat": True}),
+        logits_case("logits-hat-strided", layout="strided", options={"hat": True}),
+        logits_case("logits-one-class", classes=1, **{**tiny, "lengths": [1, 1]}),
+        logits_case("logits-target-is-blank", classes=2, options={"blank": 1}),
+        logits_case("logits-no-gradient", options={"gradient": False}),
+        damaged("logits-nan", np.nan),
+        damaged("logits-infinite", np.inf),
+        damaged("logits-impossible", -np.inf),
+        *(logits_case(f"logits-wide-{topology}", block=block, classes=3, options={"topology": topology}, normalized=True,
+                      **{**wide, "frames": [70, 5]} if topology != "regular" else wide)
+          for topology, block in zip(topologies, (64, 32, 32), strict=True)),
+        logits_case("logits-widest", block=32, **widest),
+        logits_case("align-widest", block=32, call=tl.align, dtype="float64", **widest),
+        *(logits_case(f"align-{topology}", call=tl.align, options={"topology": topology}, dtype=dtype)
+          for topology, dtype in zip(topologies, ("float32", "float64", "float32"), strict=True)),
+        logits_case("occupancy", call=tl.occupancy),
+        *(joint_case(f"joint-{dtype}", dtype=dtype) for dtype in FLOATS),
+        *(joint_case(f"joint-{dtype}-as-on-cuda", dtype=dtype, cuda=True, options={"weights": [3.0, 1.0, 0.0, -1.0]})
+          for dtype in FLOATS),
+        joint_case("joint-float16-made-again-as-on-cuda", dtype="float16", cuda=True, processor={"tile_bytes": 1},
+                   options={"workspace": 60_000, "dropout": 0.2}),
+        *(joint_case(f"joint-block-{block}", block=block, processor=strips, options=every) for block in (32, 128)),
+        joint_case("joint-block-1024", block=1024, features=5, **tiny),
+        *(joint_case(f"joint-{activation}", frames=[2, 1], lengths=[1, 2], dtype=dtype, options={"activation": activation, "dropout": dropout})
+          for activation in ACTIVATIONS for dtype, dropout in (("float32", 0.0), ("float64", 0.3))),
+        joint_case("joint-hat", options={"hat": True}),
+        joint_case("joint-no-bias", bias=False, options={"occupancy_floor": 0.0}),
+        *(joint_case(f"joint-{topology}", options={"topology": topology, "occupancy_floor": 0.02, **every}) for topology in topologies),
+        joint_case("joint-strips", processor=strips, **long),
+        joint_case("joint-strips-every-cell", processor=strips, options={"occupancy_floor": 0.0, "dropout": 0.1}, **long),
+        joint_case("joint-strips-made-again", processor=strips, options={"workspace": 200_000, "occupancy_floor": 0.02}, **long),
+        joint_case("joint-one-strip-made-again", processor={"tile_bytes": 1, "strips": 1}, options={"workspace": 50_000}, **long),
+        joint_case("joint-wide", block=32, classes=5, features=3, options={"occupancy_floor": 1e-4}, **wide),
+        joint_case("joint-many-rows", block=32, classes=5, features=3, frames=[40, 33], lengths=[1, 0]),
+        joint_case("joint-later", call=later, options={"weights": [1.0, 0.0, -2.0, 0.5]}),
+        damaged_joint(),
+        *(joint_case(f"joint-band-{topology}", call=band_of_joint, frames=[6, 4], lengths=[4, 1], options={"topology": topology})
+          for topology in topologies),
+        *(logits_case(f"logits-band-{topology}", call=band_of_logits, frames=[6, 4], lengths=[4, 1], options={"topology": topology})
+          for topology in topologies),
+    ]  # fmt: skip
+
+
+CASES = _cases()

@@ -1,0 +1,145 @@
+"""Every kernel with real blocks of threads, under AddressSanitizer with UndefinedBehaviorSanitizer and under ThreadSanitizer.
+
+The results are compared with those of the same kernels as the host runs them. What the gates catch is shown in
+`test_emulation_gates.py`.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulation import (
+    SANITIZERS,
+    Builds,
+    Driver,
+    Emulated,
+    EmulatedAsOnCuda,
+    Plain,
+    PlainAsOnCuda,
+    running_on,
+)
+from emulation_cases import CASES, Case, arrays_of, expect_equal, joint_case, logits_case
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from transducer_loss import engine
+from transducer_loss.arrays import FLOATS
+from transducer_loss.joint import ACTIVATIONS
+from transducer_loss.processors import Host, host_library
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
+
+
+def on(case: Case, processor: Host) -> list[Any]:
+    for name, value in case.processor.items():
+        setattr(processor, name, value)
+    with running_on(processor):
+        return [array.copy() for array in arrays_of(case.run())]
+
+
+def plain(case: Case) -> Plain:
+    return PlainAsOnCuda() if case.cuda else Plain()
+
+
+def check(case: Case, driver: Driver) -> None:
+    emulated = (EmulatedAsOnCuda if case.cuda else Emulated)(driver, case.block)
+    expect_equal(on(case, emulated), on(case, plain(case)), case.rounding)
+
+
+@pytest.fixture(scope="module", params=SANITIZERS)
+def driver(request: pytest.FixtureRequest, builds: Builds) -> Iterator[Driver]:
+    begun = {sanitizer: builds.start(sanitizer) for sanitizer in SANITIZERS}
+    process = Driver(begun[request.param]())
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_host(driver: Driver, case: Case) -> None:
+    check(case, driver)
+
+
+def test_driver_has_every_kernel(driver: Driver) -> None:
+    assert set(driver.index) == set(host_library().index)
+
+
+def test_cases_launch_every_kernel() -> None:
+    launched = set()
+    for case in CASES:
+        processor = plain(case)
+        on(case, processor)
+        launched |= processor.launched
+    assert launched == set(host_library().index)
+
+
+def test_cases_cut_their_work_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def noted(of: engine.Problem) -> engine.Plan:
+        made = plan(of)
+        seen.update((made.strips, kept, len(made.groups) > 1) for kept in made.retained)
+        return made
+
+    plan = engine.plan
+    monkeypatch.setattr(engine, "plan", noted)
+    for case in CASES:
+        on(case, plain(case))
+    assert {(1, False), (1, True), (8, False), (8, True)} <= {(strips, kept) for strips, kept, _ in seen}
+    assert any(several for _, _, several in seen)
+
+
+SETTINGS = {
+    "derandomize": True,
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+"""The same examples every time: a red run is a change of the code."""
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    batch = draw(st.integers(1, 3))
+    shape = {
+        "frames": draw(st.lists(st.integers(1, 6), min_size=batch, max_size=batch)),
+        "lengths": draw(st.lists(st.integers(0, 5), min_size=batch, max_size=batch)),
+        "classes": draw(st.integers(2, 70)),
+        "dtype": draw(st.sampled_from(FLOATS)),
+        "seed": draw(st.integers(0, 1000)),
+    }
+    options = {
+        "topology": draw(st.sampled_from(["regular", "modified", "constrained"])),
+        "blank": draw(st.sampled_from([0, -1])),
+        "infeasible": draw(st.sampled_from(["inf", "zero"])),
+        "fastemit_lambda": draw(st.sampled_from([0.0, 0.5])),
+        "delay_penalty": draw(st.sampled_from([0.0, -0.3])),
+        "weights": draw(st.none() | st.lists(st.sampled_from([0.0, 1.0, -2.0]), min_size=batch, max_size=batch)),
+    }
+    block = draw(st.sampled_from([32, 64, 96]))
+    if draw(st.booleans()):
+        return logits_case("fuzz", block=block, options=options, layout=draw(st.sampled_from(["padded", "packed", "strided"])), **shape)
+    cuda = draw(st.booleans())
+    return joint_case(
+        "fuzz", block=block, cuda=cuda, features=draw(st.integers(1, 70)), bias=draw(st.booleans()),
+        options={
+            **options, "activation": draw(st.sampled_from(ACTIVATIONS)), "dropout": draw(st.sampled_from([0.0, 0.4])),
+            "occupancy_floor": draw(st.sampled_from([0.0, 1e-6])),
+        },
+        processor={"tile_bytes": draw(st.sampled_from([1, 1 << 20])), "strips": 1 if cuda else draw(st.sampled_from([1, 8]))}, **shape,
+    )  # fmt: skip
+
+
+@given(case=cases())
+@settings(max_examples=25, **SETTINGS)
+def test_fuzz(driver: Driver, case: Case) -> None:
+    check(case, driver)
+
+
+@pytest.mark.slow
+@given(case=cases())
+@settings(max_examples=1000, **SETTINGS)
+def test_fuzz_for_long(driver: Driver, case: Case) -> None:
+    check(case, driver)

@@ -1,0 +1,496 @@
+"""What takes a CUDA device to know: results there, streams, threads, large sizes, lengths and labels on the device.
+
+With GPU_TESTS_ON_HOST=1 the tests that need no device run on the host: a trial of the tests themselves.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import transducer_loss as tl
+from transducer_loss import check, reference
+from transducer_loss.arrays import FLOATS, numpy_dtype
+from transducer_loss.checks import TOPOLOGIES
+
+
+def count_devices() -> tuple[int, str]:
+    try:
+        import cupy
+
+        return int(cupy.cuda.runtime.getDeviceCount()), "no CUDA device"
+    except Exception as error:  # without CuPy, a driver or a device: each raises something else
+        return 0, f"no CUDA device: {error}"
+
+
+DEVICES, REASON = count_devices()
+ON_HOST = not DEVICES and os.environ.get("GPU_TESTS_ON_HOST") == "1"
+DEVICE = "cpu" if ON_HOST else "cuda:0"
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES and not ON_HOST, reason=REASON)]
+needs_device = pytest.mark.skipif(not DEVICES, reason=REASON)
+every_function = pytest.mark.parametrize("function", check.FUNCTIONS)
+every_dtype = pytest.mark.parametrize("dtype", FLOATS)
+
+xp: Any = np
+if DEVICES:
+    import cupy
+
+    from transducer_loss.cuda import Cuda
+
+    xp = cupy
+
+
+def on_device(array: Any, index: int = 0) -> Any:
+    if ON_HOST:
+        return np.array(array)
+    with cupy.cuda.Device(index):
+        return Cuda(index).to_device(np.asarray(array))
+
+
+GRADIENTS = ("encoder", "predictor", "weight", "bias")
+
+
+def make_batch(batch: int = 3, frames: int = 12, labels: int = 6, classes: int = 40, features: int = 20, seed: int = 0) -> Any:
+    """Inputs of both losses in float64, of values that every dtype holds exactly; the first utterance is the longest."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> Any:
+        return np.clip(np.rint(32 * rng.normal(size=shape)), -255, 255) / 32
+
+    low = max(1, frames // 2)
+    integers = (
+        rng.integers(1, classes, (batch, labels)),
+        np.r_[frames, rng.integers(low, frames + 1, batch - 1)],
+        np.r_[labels, rng.integers(0, min(labels, low) + 1, batch - 1)],
+    )
+    return SimpleNamespace(
+        integers=integers,
+        rnnt_loss=[draw(batch, frames, labels + 1, classes)],
+        joint_rnnt_loss=[
+            draw(batch, frames, features), draw(batch, labels + 1, features), draw(classes, features) / 4, draw(classes),
+        ],
+    )  # fmt: skip
+
+
+def given(function: str, of: Any, dtype: str = "float32", index: int = 0) -> list[Any]:
+    """The float arguments of a function, on a device."""
+    return [on_device(array.astype(numpy_dtype(dtype)), index) for array in getattr(of, function)]
+
+
+def run(function: str, *arguments: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Loss and gradients by the library."""
+    loss, grads = getattr(tl, function)(*arguments, **options)
+    return loss, tuple(getattr(grads, name) for name in GRADIENTS) if function == "joint_rnnt_loss" else (grads,)
+
+
+def expected(function: str, of: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Loss and gradients by the reference."""
+    loss, grads = getattr(reference, function)(*getattr(of, function), *of.integers, **options)
+    return loss, grads if isinstance(grads, tuple) else (grads,)
+
+
+def plain(array: Any) -> Any:
+    """Any framework's array as a NumPy array of float64."""
+    if hasattr(array, "detach"):
+        return array.detach().cpu().double().numpy()
+    return np.asarray(array.get() if hasattr(array, "get") else array).astype(np.float64)
+
+
+def bits(*arrays: Any) -> list[bytes]:
+    return [(array.get() if hasattr(array, "get") else array).tobytes() for array in arrays]
+
+
+def assert_close(
+    found: tuple[Any, tuple[Any, ...]], wanted: tuple[Any, tuple[Any, ...]], budgets: tuple[float, float] = (1e-6, 4e-6)
+) -> None:
+    """Within the errors of `check.Row`; by default those of float32."""
+    loss, wanted_loss = (np.atleast_1d(plain(pair[0])) for pair in (found, wanted))
+    finite = np.isfinite(wanted_loss)
+    np.testing.assert_array_equal(loss[~finite], wanted_loss[~finite])
+    error = abs(loss[finite] - wanted_loss[finite]) / np.maximum(1, abs(wanted_loss[finite]))
+    assert np.max(error) <= budgets[0]
+    for gradient, want in zip(found[1], map(plain, wanted[1]), strict=True):
+        assert gradient.shape == want.shape
+        assert np.linalg.norm(plain(gradient) - want) <= budgets[1] * np.linalg.norm(want)
+
+
+@every_dtype
+@every_function
+def test_check_passes(function: str, dtype: str) -> None:
+    assert not [row for row in check.check(DEVICE, functions=[function], dtypes=[dtype]) if not row.passed]
+
+
+@every_dtype
+@every_function
+def test_results_are_where_the_inputs_are(function: str, dtype: str) -> None:
+    of = make_batch()
+    floats = given(function, of, dtype)
+    loss, gradients = run(function, *floats, *of.integers)
+    assert isinstance(loss, xp.ndarray)
+    assert loss.dtype == ("float64" if dtype == "float64" else "float32")
+    for gradient, array in zip(gradients, floats, strict=True):
+        assert isinstance(gradient, xp.ndarray)
+        assert (gradient.dtype, gradient.device) == (array.dtype, array.device)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_occupancy_and_alignment(topology: str) -> None:
+    of = make_batch()
+    wanted_loss, *wanted = reference.occupancy(*of.rnnt_loss, *of.integers, topology=topology)
+    found = tl.occupancy(*given("rnnt_loss", of), *of.integers, topology=topology)
+    assert_close((found.loss, (found.blank, found.label)), (wanted_loss, tuple(wanted)))
+
+    frames, score = reference.align(*of.rnnt_loss, *of.integers, topology=topology)
+    alignment = tl.align(*given("rnnt_loss", of), *of.integers, topology=topology)
+    np.testing.assert_array_equal(plain(alignment.frames), frames)
+    np.testing.assert_allclose(plain(alignment.score), score, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["packed", "classes first", "strided", "inplace"])
+def test_forms_of_logits(form: str) -> None:
+    of = make_batch()
+    (logits,), (_, frames, labels) = of.rnnt_loss, of.integers
+    loss, (grad,) = expected("rnnt_loss", of)
+    array = on_device(logits.astype(np.float32))
+    if form == "packed":
+        shape = np.indices(logits.shape[:3])
+        real = (shape[1] < frames[:, None, None]) & (shape[2] <= labels[:, None, None])
+        array, grad = on_device(logits[real].astype(np.float32)), grad[real]
+    elif form == "classes first":
+        array = xp.ascontiguousarray(array.transpose(3, 0, 2, 1)).transpose(1, 3, 2, 0)
+    elif form == "strided":
+        array = xp.repeat(array, 2, axis=1)[:, ::2]
+    assert array.flags.c_contiguous == (form in ("packed", "inplace"))
+    found, gradient = tl.rnnt_loss(array, *of.integers, inplace=form == "inplace")
+    assert_close((found, (gradient,)), (loss, (grad,)))
+    if form == "inplace":
+        assert bits(gradient) == bits(array)
+
+
+# More than a block has threads, than a grid has in y, than the lattice has in shared memory; a lone cell; many utterances.
+SHAPES = [(1, 3, 2, 70_001), (1, 400, 200, 5), (2, 60, 1500, 4), (1, 1, 0, 3), (70, 5, 4, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@every_function
+def test_shapes(function: str, shape: tuple[int, ...]) -> None:
+    of = make_batch(*shape, features=5)
+    wanted = run(function, *getattr(of, function), *of.integers)
+    assert_close(run(function, *given(function, of), *of.integers), wanted, (1e-6, 1e-5))
+
+
+@pytest.mark.parametrize("topology", ["modified", "constrained"])
+def test_a_wide_lattice_of_the_other_topologies(topology: str) -> None:
+    of = make_batch(1, 1200, 1100, 3)
+    wanted = run("rnnt_loss", *of.rnnt_loss, *of.integers, topology=topology)
+    assert_close(run("rnnt_loss", *given("rnnt_loss", of), *of.integers, topology=topology), wanted, (1e-6, 1e-5))
+    posterior = tl.occupancy(*given("rnnt_loss", of), *of.integers, topology=topology)
+    assert np.isclose(plain(posterior.label).sum(), 1100, rtol=1e-5)  # every label is emitted once
+
+
+@pytest.mark.parametrize(("frames", "labels"), [(50, 70), pytest.param(4096, 8191, marks=needs_device)])
+def test_logits_beyond_2_31_elements(frames: int, labels: int) -> None:
+    """Two utterances whose cells are all alike have closed forms; the larger size is 2^31 float16 elements for each of them."""
+    classes = 64
+    needed = 3 * 2 * frames * (labels + 1) * (classes * 2 + 36) // 2
+    if DEVICES and cupy.cuda.runtime.memGetInfo()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free device memory")
+    rng = np.random.default_rng(0)
+    row = (np.rint(32 * rng.normal(size=classes)) / 32).astype(np.float16)
+    targets = rng.integers(1, classes, (2, labels))
+    logits = xp.zeros((2, frames, labels + 1, classes), np.float16)
+    logits[1] = on_device(row)
+    loss, grad = tl.rnnt_loss(logits, targets, [frames] * 2, [labels] * 2, inplace=True)
+
+    paths = math.lgamma(frames + labels) - math.lgamma(labels + 1) - math.lgamma(frames)
+    for b, values in enumerate([np.zeros(classes), row.astype(np.float64)]):
+        log_p = values - np.log(np.exp(values).sum())
+        wanted = -frames * log_p[0] - log_p[targets[b]].sum() - paths
+        assert np.isclose(plain(loss)[b], wanted, rtol=1e-5)
+        # Over all cells blanks are used T times, label arcs U times.
+        used = np.bincount(targets[b], minlength=classes)
+        used[0] = frames
+        wanted_sums = (frames + labels) * np.exp(log_p) - used
+        sums = plain(grad[b].sum(axis=(0, 1), dtype=np.float64))
+        assert np.linalg.norm(sums - wanted_sums) <= 2e-3 * np.linalg.norm(wanted_sums)
+    if DEVICES:
+        del logits, grad
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
+@every_function
+def test_lengths_and_targets_on_the_device(function: str) -> None:
+    of = make_batch()
+    floats, results = given(function, of), []
+    for kind in (None, np.int32, np.int64):
+        integers = of.integers if kind is None else [on_device(array.astype(kind)) for array in of.integers]
+        loss, gradients = run(function, *floats, *integers)
+        results.append(bits(loss, *gradients))
+    assert results[0] == results[1] == results[2]
+
+
+@needs_device
+@every_function
+def test_targets_out_of_range_on_the_device(function: str) -> None:
+    of = make_batch(batch=4)
+    targets, frames, labels = of.integers
+    labels[:] = 3
+    floats, bad = given(function, of), targets.copy()
+    bad[1, 1], bad[3, 2] = 40, -7
+    bad[2, 3] = 1 << 40  # past the last label, where nothing is read
+    arguments = (*floats, on_device(bad), frames, labels)
+    loss, gradients = run(function, *arguments)
+    assert np.isnan(plain(loss)).tolist() == [False, True, False, True]
+    wanted_loss, wanted = expected(function, of, weights=[1.0, 0.0, 1.0, 0.0])
+    assert_close((plain(loss)[::2], gradients), (wanted_loss[::2], wanted))
+    with pytest.raises(ValueError, match=r"targets: expected labels in \[0, V = 40\), got 40 at index \(1, 1\)"):
+        run(function, *arguments, validate=True)
+
+
+@every_function
+def test_nan_and_infeasible_utterances(function: str) -> None:
+    of = make_batch(batch=3, frames=8, labels=6)
+    of.integers[1][0] = 5  # fewer frames than labels: no path in `modified`
+    getattr(of, function)[0][1, 0] = np.nan
+    wanted = expected(function, of, topology="modified")
+    assert [not math.isnan(value) and math.isinf(value) for value in wanted[0]] == [True, False, False]
+    assert math.isnan(wanted[0][1])
+    floats = given(function, of)
+    assert_close(run(function, *floats, *of.integers, topology="modified"), wanted)
+    assert plain(run(function, *floats, *of.integers, topology="modified", infeasible="zero")[0])[0] == 0
+    with pytest.raises(ValueError, match=r"targets: expected a path .*\[0\]"):
+        run(function, *floats, *of.integers, topology="modified", infeasible="raise")
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"])
+def test_activations(activation: str) -> None:
+    of = make_batch()
+    found = run("joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, activation=activation)
+    assert_close(found, expected("joint_rnnt_loss", of, activation=activation), (1e-6, 1e-5))
+
+
+def test_dropout_is_that_of_the_host() -> None:
+    of, options = make_batch(), {"dropout": 0.3, "seed": 5}
+    wanted = run("joint_rnnt_loss", *of.joint_rnnt_loss, *of.integers, **options)
+    assert_close(run("joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, **options), wanted)
+    assert plain(wanted[0])[0] != plain(run("joint_rnnt_loss", *of.joint_rnnt_loss, *of.integers)[0])[0]
+
+
+def small_gradients() -> tuple[Any, tuple[Any, ...], Any]:
+    """Inputs whose logits' gradients lie below what float16 holds, weights, and which classes only the softmax touches."""
+    of = make_batch(batch=2, frames=20, labels=10, classes=2000)
+    of.joint_rnnt_loss[:2] = [abs(array) for array in of.joint_rnnt_loss[:2]]  # features of one sign: their sums do not cancel
+    weights = (2.0**-14,) * 2
+    untouched = np.setdiff1d(np.arange(1, 2000), of.integers[0])
+    return of, weights, untouched
+
+
+def assert_not_underflown(found: Any, wanted: Any, untouched: Any) -> None:
+    error = np.linalg.norm(plain(found)[untouched] - wanted[untouched])
+    assert error <= 0.02 * np.linalg.norm(wanted[untouched])  # the result itself is rounded to a subnormal
+
+
+def test_half_precision_gradients_do_not_underflow() -> None:
+    of, weights, untouched = small_gradients()
+    _, wanted = expected("joint_rnnt_loss", of, weights=weights)
+    _, found = run("joint_rnnt_loss", *given("joint_rnnt_loss", of, "float16"), *of.integers, weights=list(weights))
+    for gradient, want in zip(found[2:], wanted[2:], strict=True):
+        assert_not_underflown(gradient, want, untouched)
+
+
+def test_arguments_on_two_devices_are_refused() -> None:
+    if ON_HOST:
+        pytest.skip("needs two kinds of memory")
+    of = make_batch()
+    encoder, _, weight, bias = given("joint_rnnt_loss", of)
+    with pytest.raises(ValueError, match="predictor: expected device cuda:0 as encoder, got cpu"):
+        tl.joint_rnnt_loss(encoder, of.joint_rnnt_loss[1].astype(np.float32), weight, bias, *of.integers)
+
+
+@pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")
+@every_function
+def test_the_second_device(function: str) -> None:
+    of = make_batch()
+    floats = given(function, of, index=1)
+    with cupy.cuda.Device(0):
+        loss, gradients = run(function, *floats, *of.integers)
+        assert cupy.cuda.Device().id == 0
+    assert {array.device.id for array in (loss, *gradients)} == {1}
+    assert_close((loss, gradients), expected(function, of))
+
+
+SPIN = """
+extern "C" __global__ void spin(unsigned long long nanoseconds) {
+    unsigned long long start, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+    do { asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); } while (now - start < nanoseconds);
+}
+"""
+
+
+def spin(seconds: float) -> None:
+    """Keep the current CuPy stream busy."""
+    cupy.RawKernel(SPIN, "spin")((1,), (1,), (np.uint64(seconds * 1e9),))
+
+
+# A gradient of the cells that matter costs a read-back, and is only that exact; one of all cells costs none.
+EVERY_CELL: dict[str, dict[str, Any]] = {"rnnt_loss": {}, "joint_rnnt_loss": {"occupancy_floor": 0.0}}
+
+
+@needs_device
+@every_function
+def test_the_callers_stream_is_used_and_not_waited_for(function: str) -> None:
+    of, stream = make_batch(), cupy.cuda.Stream(non_blocking=True)
+    real = given(function, of)
+    late = [cupy.zeros_like(array) for array in real]
+
+    def fill_and_run() -> tuple[Any, tuple[Any, ...]]:
+        for array, values in zip(late, real, strict=True):
+            array[...] = values
+        return run(function, *late, *of.integers, **EVERY_CELL[function])
+
+    cupy.cuda.Device().synchronize()
+    with stream:
+        spin(0)
+        for _ in range(3):
+            fill_and_run()  # compiles, and leaves memory in the pools: both may wait
+        for array in late:
+            array.fill(0)
+        stream.synchronize()
+        spin(0.5)
+        # On any other stream the kernels would find the zeros.
+        found = fill_and_run()
+        waited = stream.done
+        stream.synchronize()
+    assert not waited
+    assert_close(found, expected(function, of))
+
+
+@pytest.fixture
+def torch() -> ModuleType:
+    module: ModuleType = pytest.importorskip("torch")
+    if DEVICES and not module.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    return module
+
+
+def leaves(torch: Any, function: str, of: Any, dtype: str = "float32", device: str = DEVICE) -> list[Any]:
+    return [
+        torch.tensor(array).to(getattr(torch, dtype)).to(device).requires_grad_() for array in getattr(of, function)
+    ]  # fmt: skip
+
+
+def of_torch(function: str) -> Callable[..., Any]:
+    from transducer_loss.adapters import torch as adapter
+
+    loss: Callable[..., Any] = getattr(adapter, function)
+    return loss
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_dtype
+@every_function
+def test_torch(function: str, dtype: str, reduction: str, torch: Any) -> None:
+    of = make_batch()
+    weights = {"mean": [1 / 3] * 3, "sum": [1.0] * 3, "none": [1.0, -0.5, 0.25]}[reduction]
+    wanted_loss, wanted = expected(function, of, weights=weights)
+    tensors = leaves(torch, function, of, dtype)
+    loss = of_torch(function)(*tensors, *map(torch.tensor, of.integers), reduction=reduction, **EVERY_CELL[function])
+    assert (loss.device, loss.dtype) == (tensors[0].device, torch.float64 if dtype == "float64" else torch.float32)
+    if reduction == "none":
+        loss.backward(torch.tensor(weights, dtype=loss.dtype, device=loss.device))
+    else:
+        wanted_loss = np.dot(weights, wanted_loss)
+        loss.backward()
+    assert_close((loss, tuple(t.grad for t in tensors)), (wanted_loss, wanted), check.budgets(function, dtype, DEVICE))
+
+
+@needs_device
+@every_function
+def test_torch_launches_without_synchronising(function: str, torch: Any) -> None:
+    of, stream = make_batch(), torch.cuda.Stream()
+    real = [tensor.detach() for tensor in leaves(torch, function, of)]
+    late = [torch.zeros_like(tensor, requires_grad=True) for tensor in real]
+
+    def fill_and_run() -> Any:
+        for leaf, values in zip(late, real, strict=True):
+            leaf.grad = None
+            leaf.data.copy_(values)
+        loss = of_torch(function)(*late, *of.integers, reduction="none", **EVERY_CELL[function])
+        loss.backward(torch.ones_like(loss))
+        return loss
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        spin(0)
+        for _ in range(3):
+            fill_and_run()
+        for leaf in late:
+            leaf.data.zero_()
+        stream.synchronize()
+        torch.cuda.set_sync_debug_mode("error")  # notices torch's own waiting; that of others shows in `waited`
+        try:
+            spin(0.5)
+            loss = fill_and_run()
+            waited = stream.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert not waited
+    assert_close((loss, tuple(leaf.grad for leaf in late)), expected(function, of))
+
+
+@every_function
+def test_torch_backward_in_another_thread(function: str, torch: Any) -> None:
+    of = make_batch()
+    tensors = leaves(torch, function, of)
+    loss = of_torch(function)(*tensors, *of.integers, reduction="none")
+    failures: list[BaseException] = []
+
+    def backward() -> None:
+        try:
+            loss.backward(torch.ones_like(loss))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert not failures
+    assert_close((loss, tuple(tensor.grad for tensor in tensors)), expected(function, of))
+
+
+def test_torch_half_precision_gradients_do_not_underflow(torch: Any) -> None:
+    of, weights, untouched = small_gradients()
+    _, wanted = expected("joint_rnnt_loss", of, weights=weights)
+    tensors = leaves(torch, "joint_rnnt_loss", of, "float16")
+    loss = of_torch("joint_rnnt_loss")(*tensors, *of.integers, reduction="none")
+    loss.backward(torch.tensor(weights, device=loss.device))
+    for tensor, want in zip(tensors[2:], wanted[2:], strict=True):
+        assert_not_underflown(tensor.grad, want, untouched)
+
+
+def test_the_core_reads_torch_tensors_without_a_copy(torch: Any) -> None:
+    of = make_batch()
+    (logits,) = (tensor.detach() for tensor in leaves(torch, "rnnt_loss", of))
+    found = tl.rnnt_loss(logits, *of.integers, inplace=True)
+    assert isinstance(found[1], xp.ndarray)
+    assert_close((found[0], (logits,)), expected("rnnt_loss", of))
+
+
+@pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")
+@every_function
+def test_torch_on_the_second_device(function: str, torch: Any) -> None:
+    of = make_batch()
+    tensors = leaves(torch, function, of, device="cuda:1")
+    with torch.cuda.device(0):
+        loss = of_torch(function)(*tensors, *of.integers, reduction="none")
+        loss.backward(torch.ones_like(loss))
+    assert loss.device == torch.device("cuda:1")
+    assert_close((loss, tuple(tensor.grad for tensor in tensors)), expected(function, of))
