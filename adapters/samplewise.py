@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from transducer_loss.adapters.torch_autograd import (
+    REDUCTIONS,
+    Gradients,
+    LogitsLoss,
+    caller,
+    expect_tensor,
+    once_differentiable,
+    plain,
+    reduced,
+)
 from transducer_loss.cells import Ints
 from transducer_loss.checks import INFEASIBLE, Options, choice, float_array, lengths, targets_for
 from transducer_loss.processors import processor_for
 
-# The adapter re-exports this module, so that functions here import it when they are called.
 Joint = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,11 +69,9 @@ class _Problem:
 
     def check(self, logits: Tensor) -> None:
         """Check of the whole batch what needs the number of classes, so that errors tell an utterance's own index."""
-        from transducer_loss.adapters import torch as adapter
-
         if self.checked:
             return
-        with adapter._caller(logits):
+        with caller(logits):
             array = float_array(logits.detach(), "logits", "n T U+1 V")
             options = Options.checked(array.shape[-1], **self.options)
             with processor_for(array) as processor:
@@ -97,38 +104,6 @@ class _Random:
             now.restore()
 
 
-class _Sums:
-    """Gradients of the inputs (encoder, predictor, parameters), summed over packs in float32 or better."""
-
-    def __init__(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        self.dtypes = [tensor.dtype for tensor in inputs]
-        self.sums: list[Tensor | None] = [None] * len(inputs)
-        for i in (0, 1):
-            if needed[i]:
-                self.sums[i] = torch.zeros(inputs[i].shape, dtype=_sum_dtype(inputs[i]), device=inputs[i].device)
-
-    def add_rows(self, i: int, gradient: Tensor, begin: int, counts: Ints, factor: float) -> None:
-        """Real rows of a pack's encoder or predictor; no other pack has them."""
-        into = self.sums[i]
-        if into is not None:
-            for b, (rows, count) in enumerate(zip(gradient, counts, strict=True), begin):
-                into[b, :count] = rows[:count].to(into.dtype) * factor
-
-    def add(self, i: int, gradient: Tensor, factor: float) -> None:
-        """A parameter's."""
-        into = self.sums[i]
-        if into is None:
-            self.sums[i] = gradient.to(_sum_dtype(gradient)) * factor
-        else:
-            into.add_(gradient, alpha=factor)
-
-    def finished(self, factor: Tensor | float) -> list[Tensor | None]:
-        """Times a factor, in the inputs' dtypes; None for parameters that the joint did not use."""
-        return [
-            None if total is None else (total * factor).to(dtype) for total, dtype in zip(self.sums, self.dtypes, strict=True)
-        ]
-
-
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -159,89 +134,100 @@ def _expect_known(logits: Tensor, known: Sequence[Tensor]) -> None:
         todo.extend(node.next_functions)
 
 
-def _pack(
-    of: _Problem, begin: int, end: int, inputs: Sequence[Tensor], needed: Sequence[bool], graph: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Losses of utterances [begin, end), and the tensors that their graph begins with, in the order of the inputs."""
-    from transducer_loss.adapters import torch as adapter
+class _Run:
+    """One pass over packs of the inputs: encoder, predictor, parameters."""
 
-    frames, labels = of.frames[begin:end], of.labels[begin:end]
-    encoder = _rows(inputs[0].detach()[begin:end], frames).requires_grad_(graph and needed[0])
-    predictor = _rows(inputs[1].detach()[begin:end], labels + 1).requires_grad_(graph and needed[1])
-    leaves = [encoder, predictor, *inputs[2:]]
-    with torch.set_grad_enabled(graph):
-        with torch.autocast(**of.autocast, cache_enabled=False):
-            logits = of.joint(encoder[:, :, None], predictor[:, None])
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"joint: expected a torch.Tensor back, got {type(logits).__name__}")
-        shape = (end - begin, int(frames.max()), int(labels.max()) + 1)
-        if logits.ndim != 4 or tuple(logits.shape[:3]) != shape:
-            raise ValueError(
-                f"joint: expected logits of shape (n, T, U+1, V) = ({', '.join(map(str, shape))}, V), got {tuple(logits.shape)}"
-            )
-        of.check(logits)
-        if logits.requires_grad:
-            _expect_known(logits, leaves)
-        targets = of.targets[begin:end, : int(labels.max())]
-        loss = adapter.rnnt_loss(logits, targets, frames, labels, reduction="none", inplace=of.inplace, **of.options)
-        return loss, leaves
+    def __init__(self, of: _Problem, inputs: Sequence[Tensor], graph: bool) -> None:
+        self.of, self.inputs, self.graph = of, inputs, graph
+        self.needed = [i for i, tensor in enumerate(inputs) if graph and tensor.requires_grad]
+        self.sums: list[Tensor | None] = [None] * len(inputs)
+        """Gradients, summed over packs in float32 or better; None for parameters that the joint did not use."""
 
+    def pack(self, begin: int, end: int) -> tuple[Tensor, list[Tensor]]:
+        """Losses of utterances [begin, end), and the tensors that their graph begins with, in the order of the inputs."""
+        of, frames, labels = self.of, self.of.frames[begin:end], self.of.labels[begin:end]
+        encoder, predictor = (
+            _rows(self.inputs[i].detach()[begin:end], counts).requires_grad_(i in self.needed)
+            for i, counts in enumerate((frames, labels + 1))
+        )
+        leaves = [encoder, predictor, *self.inputs[2:]]
+        with torch.set_grad_enabled(self.graph):
+            with torch.autocast(**of.autocast, cache_enabled=False):
+                logits = of.joint(encoder[:, :, None], predictor[:, None])
+            expect_tensor(logits, "joint")
+            cells = (end - begin, int(frames.max()), int(labels.max()) + 1)
+            if logits.ndim != 4 or tuple(logits.shape[:3]) != cells:
+                raise ValueError(
+                    f"joint: expected logits of shape (n, T, U+1, V) = ({', '.join(map(str, cells))}, V), "
+                    f"got {tuple(logits.shape)}"
+                )
+            of.check(logits)
+            if logits.requires_grad:
+                _expect_known(logits, leaves)
+            targets = of.targets[begin:end, : int(labels.max())]
+            return LogitsLoss.apply(logits, of.inplace, (targets, frames, labels), of.options), leaves
 
-def _add_gradients(
-    of: _Problem, begin: int, end: int, loss: Tensor, leaves: Sequence[Tensor], needed: Sequence[bool], weights: Tensor,
-    factor: float, sums: _Sums,
-) -> None:  # fmt: skip
-    """Add those of ``factor * sum_b weights_b loss_b`` of a pack, whose graph they use up."""
-    if not loss.requires_grad:
-        return
-    wanted = [i for i, need in enumerate(needed) if need]
-    with torch.autocast(of.autocast["device_type"], enabled=False):
-        gradients = torch.autograd.grad(loss, [leaves[i] for i in wanted], weights, allow_unused=True)
-    # An utterance without a finite loss is alone in its pack. The logits' gradient is 0, but 0 * NaN is NaN.
-    lost = ~loss.isfinite().all()
-    for i, gradient in zip(wanted, gradients, strict=True):
-        if gradient is None:
-            continue
-        gradient = gradient.masked_fill(lost, 0)
-        if i < 2:
-            sums.add_rows(i, gradient, begin, of.labels[begin:end] + 1 if i else of.frames[begin:end], factor)
-        else:
-            sums.add(i, gradient, factor)
+    def forward(self, share: float | None) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Losses (B,), and the packs they were made in; with `share` add the gradients of ``share * sum_b loss_b``."""
+        losses, done, todo = [], [], self.of.packs()[::-1]
+        while todo:
+            begin, end = todo.pop()
+            random = _Random(self.inputs[0].device) if self.graph and end - begin > 1 else None
+            loss, leaves = self.pack(begin, end)
+            if random is not None and not bool(loss.isfinite().all()):
+                # Its NaN would reach the others by way of the parameters: one utterance at a time, then.
+                random.restore()
+                todo.extend((b, b + 1) for b in reversed(range(begin, end)))
+            else:
+                if share is not None:
+                    scale = self.of.scale(begin, end)
+                    self.add_gradients(begin, end, loss, leaves, torch.full_like(loss, scale), share / scale)
+                losses.append(loss.detach())
+                done.append((begin, end))
+            del loss, leaves  # and so the pack's graph, before there is the next one's
+        return torch.cat(losses), done
 
+    def backward(self, packs: Sequence[tuple[int, int]], weights: Tensor) -> None:
+        """Add the gradients of ``sum_b weights_b loss_b``."""
+        for begin, end in packs:
+            loss, leaves = self.pack(begin, end)
+            self.add_gradients(begin, end, loss, leaves, weights[begin:end], 1.0)
+            del loss, leaves
 
-def _forward(
-    of: _Problem, inputs: Sequence[Tensor], needed: Sequence[bool], graph: bool, sums: _Sums | None, share: float
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Losses (B,) and the packs they were made in; and gradients of ``share * sum_b loss_b`` where there are `sums`."""
-    losses, done, todo = [], [], of.packs()[::-1]
-    while todo:
-        begin, end = todo.pop()
-        random = _Random(inputs[0].device) if graph and end - begin > 1 else None
-        loss, leaves = _pack(of, begin, end, inputs, needed, graph)
-        if random is not None and not bool(loss.isfinite().all()):
-            # Its NaN would reach the others by way of the parameters: one utterance at a time, then.
-            random.restore()
-            todo.extend((b, b + 1) for b in reversed(range(begin, end)))
-            continue
-        if sums is not None:
-            scale = of.scale(begin, end)
-            weights = torch.full_like(loss, scale)
-            _add_gradients(of, begin, end, loss, leaves, needed, weights, share / scale, sums)
-        losses.append(loss.detach())
-        done.append((begin, end))
-    return torch.cat(losses), done
+    def add_gradients(
+        self, begin: int, end: int, loss: Tensor, leaves: Sequence[Tensor], weights: Tensor, factor: float
+    ) -> None:
+        """Add those of ``factor * sum_b weights_b loss_b`` of a pack, whose graph they use up."""
+        if not loss.requires_grad or not self.needed:
+            return
+        with torch.autocast(self.of.autocast["device_type"], enabled=False):
+            gradients = torch.autograd.grad(loss, [leaves[i] for i in self.needed], weights, allow_unused=True)
+        # An utterance without a finite loss is alone in its pack. Its logits' gradient is 0, but 0 * NaN is NaN.
+        lost = ~loss.isfinite().all()
+        for i, gradient in zip(self.needed, gradients, strict=True):
+            if gradient is not None:
+                part = gradient.to(_sum_dtype(gradient)).mul(factor).masked_fill_(lost, 0)
+                self._add(i, part, begin, self.of.frames if i == 0 else self.of.labels + 1)
+
+    def _add(self, i: int, part: Tensor, begin: int, counts: Ints) -> None:
+        total = self.sums[i]
+        if i > 1:
+            self.sums[i] = part if total is None else total.add_(part)
+            return
+        if total is None:
+            total = self.sums[i] = torch.zeros(self.inputs[i].shape, dtype=part.dtype, device=part.device)
+        for b, rows in enumerate(part, begin):
+            total[b, : counts[b]] = rows[: counts[b]]
 
 
 def _reported(loss: Tensor, infeasible: str, reduction: str) -> Tensor:
-    from transducer_loss.adapters import torch as adapter
-
     if infeasible == "raise":
         without = np.flatnonzero(loss.isposinf().cpu().numpy())
         if without.size:
             raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
     if infeasible == "zero":
         loss = loss.masked_fill(loss.isposinf(), 0)
-    return adapter._reduced(loss, reduction)
+    return reduced(loss, reduction)
 
 
 class _SamplewiseLoss(torch.autograd.Function):
@@ -249,27 +235,30 @@ class _SamplewiseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, of: _Problem, infeasible: str, reduction: str, *inputs: Tensor) -> Tensor:
-        needed, later = ctx.needs_input_grad[3:], reduction == "none"
-        ctx.of, ctx.needed, ctx.random = of, needed, _Random(inputs[0].device) if later else None
-        ctx.sums = None if later else _Sums(inputs, needed)
-        share = 1 / len(of.frames) if reduction == "mean" else 1.0
-        loss, ctx.packs = _forward(of, inputs, needed, True, ctx.sums, share)
+        later = reduction == "none"
+        ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
         if later:
-            ctx.save_for_backward(*inputs)
+            ctx.of, ctx.random = of, _Random(inputs[0].device)
+        run = _Run(of, inputs, graph=True)
+        share = 1 / len(of.frames) if reduction == "mean" else 1.0
+        loss, ctx.packs = run.forward(None if later else share)
+        # Saved in this way they are given up with the graph, and autograd notices when they were changed in between.
+        ctx.save_for_backward(*(inputs if later else run.sums))
         return _reported(loss, infeasible, reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.sums is not None:
-            return (None, None, None, *ctx.sums.finished(upstream))
-        inputs, needed = ctx.saved_tensors, ctx.needed
-        sums = _Sums(inputs, needed)
-        with ctx.random.replayed():
-            for begin, end in ctx.packs:
-                loss, leaves = _pack(ctx.of, begin, end, inputs, needed, True)
-                _add_gradients(ctx.of, begin, end, loss, leaves, needed, upstream[begin:end], 1.0, sums)
-        return (None, None, None, *sums.finished(1.0))
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        sums, factor = ctx.saved_tensors, upstream
+        if ctx.later:
+            run = _Run(ctx.of, sums, graph=True)
+            with ctx.random.replayed():
+                run.backward(ctx.packs, upstream)
+            sums, factor = run.sums, upstream.new_ones(())
+        gradients = [
+            None if total is None else (total * factor).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, *gradients)
 
 
 def _parameters(joint: Joint, parameters: Iterable[Tensor] | None) -> list[Tensor]:
@@ -378,9 +367,7 @@ def samplewise_rnnt_loss(
     >>> encoder.grad.shape, joint.gate.weight.grad.shape
     (torch.Size([2, 30, 16]), torch.Size([16, 16]))
     """
-    from transducer_loss.adapters import torch as adapter
-
-    choice(reduction, adapter.REDUCTIONS, "reduction")
+    choice(reduction, REDUCTIONS, "reduction")
     choice(infeasible, INFEASIBLE, "infeasible")
     if not callable(joint):
         raise TypeError(f"joint: expected a torch.nn.Module or another callable, got {type(joint).__name__}")
@@ -389,9 +376,8 @@ def samplewise_rnnt_loss(
     if pack < 0:
         raise ValueError(f"pack: expected a number of cells, 0 or more, got {pack}")
     for value, name in ((encoder, "encoder"), (predictor, "predictor")):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        float_array(value.detach(), name, "B T D" if name == "encoder" else "B U+1 D")
+        expect_tensor(value, name)
+        float_array(plain(value), name, "B T D" if name == "encoder" else "B U+1 D")
     batch, device = encoder.shape[0], encoder.device
     if predictor.shape[0] != batch:
         raise ValueError(f"predictor: expected shape (B, U+1, D) = ({batch}, U+1, D), got {tuple(predictor.shape)}")
@@ -399,9 +385,9 @@ def samplewise_rnnt_loss(
         raise ValueError(f"predictor: expected device {device} as encoder, got {predictor.device}")
     of = _Problem(
         joint,
-        lengths(encoder_lengths, "encoder_lengths", batch, 1, encoder.shape[1], "T"),
-        lengths(target_lengths, "target_lengths", batch, 0, predictor.shape[1] - 1, "U"),
-        targets.detach() if isinstance(targets, Tensor) else targets,
+        lengths(plain(encoder_lengths), "encoder_lengths", batch, 1, encoder.shape[1], "T"),
+        lengths(plain(target_lengths), "target_lengths", batch, 0, predictor.shape[1] - 1, "U"),
+        plain(targets),
         pack, inplace, validate,
         {
             "blank": blank, "topology": topology, "normalized": normalized, "fastemit_lambda": fastemit_lambda,
@@ -414,7 +400,7 @@ def samplewise_rnnt_loss(
     )  # fmt: skip
     inputs = (encoder, predictor, *_parameters(joint, parameters))
     if not torch.is_grad_enabled():
-        return _reported(_forward(of, inputs, [False] * len(inputs), False, None, 1.0)[0], infeasible, reduction)
+        return _reported(_Run(of, inputs, graph=False).forward(None)[0], infeasible, reduction)
     loss: Tensor = _SamplewiseLoss.apply(of, infeasible, reduction, *inputs)
     return loss
 

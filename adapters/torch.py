@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +9,18 @@ from torch import Tensor
 
 from transducer_loss import joint_loss, logits_loss
 from transducer_loss.adapters.samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
+from transducer_loss.adapters.torch_autograd import (
+    REDUCTIONS,
+    Gradients,
+    LogitsLoss,
+    caller,
+    core_arguments,
+    expect_tensor,
+    followed,
+    once_differentiable,
+    plain,
+    reduced,
+)
 from transducer_loss.checks import choice
 
 __all__ = [
@@ -22,72 +32,6 @@ __all__ = [
     "samplewise_rnnt_loss",
 ]
 
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def _allocate_on(device: torch.device) -> Callable[[tuple[int, ...], str], Tensor]:
-    return lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-
-
-@contextlib.contextmanager
-def _caller(tensor: Tensor) -> Iterator[None]:
-    """CuPy's device and stream are per thread, and autograd's backward runs in another one: set them from the tensor."""
-    if tensor.device.type != "cuda":
-        yield
-        return
-    import cupy
-
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream):
-        yield
-
-
-def _common(tensor: Tensor) -> dict[str, Any]:
-    """Arguments that the core takes from the framework: its allocator and its number of threads."""
-    return {"allocate": _allocate_on(tensor.device), "threads": torch.get_num_threads()}
-
-
-def _plain(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _followed(**tensors: Any) -> tuple[Any, ...]:
-    """What autograd is to follow; `Function.apply` would have gradients made under no_grad, too."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    return tuple(tensors.values()) if torch.is_grad_enabled() else tuple(map(_plain, tensors.values()))
-
-
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
-
-
-class _LogitsLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, inplace: bool, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
-        with _caller(logits):
-            of = logits_loss.problem(logits.detach(), *arguments, **options, **_common(logits))
-            needed = ctx.needs_input_grad[0]
-            logits_loss.check_inplace(of, needed and inplace)
-            loss, _, saved = logits_loss.forward(of, keep=needed)
-        # The core reads the logits again: autograd notices when they were changed in between.
-        ctx.save_for_backward(logits)
-        ctx.of, ctx.saved, ctx.inplace = of, saved, inplace
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
-        weights = upstream.contiguous()
-        with _caller(logits):
-            gradient = logits_loss.backward(ctx.of, ctx.saved, logits_loss.weights_of(ctx.of, weights), ctx.inplace)
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)  # a second backward raises, as the logits are gone
-            gradient = logits.detach()
-        return gradient, None, None, None
-
 
 class _JointLoss(torch.autograd.Function):
     """Scalar reductions make the gradients with the loss; ``"none"`` waits for the true upstream weights."""
@@ -98,29 +42,30 @@ class _JointLoss(torch.autograd.Function):
         arguments: tuple[Any, ...], options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         inputs = (encoder, predictor, weight, bias)
-        with _caller(encoder):
-            of = joint_loss.problem(*map(_plain, inputs), *arguments, **options, **_common(encoder))
+        with caller(encoder):
+            of = joint_loss.problem(*map(plain, inputs), *arguments, **options, **core_arguments(encoder))
             needed, later = any(ctx.needs_input_grad), reduction == "none"
             share = 1.0 / len(of.cells.frames) if reduction == "mean" else 1.0
             done = joint_loss.forward(of, weight=share, gradient=needed, later=later)
-        ctx.of, ctx.done, ctx.later = of, done, later
+        ctx.later, ctx.dtype = later, encoder.dtype
+        # Saved in this way, gradients are given up with the graph, and autograd notices when inputs were changed in between.
         if later:
-            ctx.save_for_backward(*inputs)
-        return _reduced(done.native, reduction)
+            ctx.of, ctx.done = of, done
+            ctx.save_for_backward(*inputs, *(tensor for tensor in arguments[:1] if isinstance(tensor, Tensor)))
+        elif done.gradients is not None:
+            ctx.save_for_backward(*done.gradients.native)
+        return reduced(done.native, reduction)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        kind = getattr(torch, ctx.of.joint.encoder.dtype.name)
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        natives = ctx.saved_tensors
         if ctx.later:
-            encoder = ctx.saved_tensors[0]
-            with _caller(encoder):
+            with caller(natives[0]):
                 weights = logits_loss.weights_of(ctx.of, upstream.contiguous())
-                natives = joint_loss.backward(ctx.of, ctx.done, weights).native
-        else:
-            natives = tuple(None if native is None else native * upstream for native in ctx.done.gradients.native)
+                natives, upstream = joint_loss.backward(ctx.of, ctx.done, weights).native, torch.ones_like(upstream[0])
         gradients = [
-            native.to(kind) if native is not None and needed else None
+            (native * upstream).to(ctx.dtype) if native is not None and needed else None
             for native, needed in zip(natives, ctx.needs_input_grad, strict=False)
         ]
         return (*gradients, None, None, None)
@@ -177,9 +122,10 @@ def rnnt_loss(
         "blank": blank, "topology": topology, "normalized": normalized, "fastemit_lambda": fastemit_lambda,
         "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible, "validate": validate,
     }  # fmt: skip
-    (logits,) = _followed(logits=logits)
-    loss = _LogitsLoss.apply(logits, inplace, (_plain(targets), _plain(logit_lengths), _plain(target_lengths)), options)
-    return _reduced(loss, reduction)
+    expect_tensor(logits, "logits")
+    arguments = (plain(targets), plain(logit_lengths), plain(target_lengths))
+    loss = LogitsLoss.apply(*followed(logits), inplace, arguments, options)
+    return reduced(loss, reduction)
 
 
 def joint_rnnt_loss(
@@ -247,8 +193,11 @@ def joint_rnnt_loss(
         "fastemit_lambda": fastemit_lambda, "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible,
         "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate,
     }  # fmt: skip
-    inputs = _one_dtype(*_followed(encoder=encoder, predictor=predictor, weight=weight, bias=bias))
-    arguments = (_plain(targets), _plain(encoder_lengths), _plain(target_lengths))
+    for value, name in ((encoder, "encoder"), (predictor, "predictor"), (weight, "weight"), (bias, "bias")):
+        if name != "bias" or value is not None:
+            expect_tensor(value, name)
+    inputs = _one_dtype(*followed(encoder, predictor, weight, bias))
+    arguments = (plain(targets), plain(encoder_lengths), plain(target_lengths))
     loss: Tensor = _JointLoss.apply(*inputs, reduction, arguments, options)
     return loss
 

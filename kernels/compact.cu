@@ -52,9 +52,7 @@ DEVICE long long block_scan(long long value) {
         sums[threadIdx.x] += other;
         __syncthreads();
     }
-    const long long result = sums[threadIdx.x];
-    __syncthreads();  // sums belongs to the next scan from here
-    return result;
+    return sums[threadIdx.x];
 #endif
 }
 

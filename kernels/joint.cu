@@ -134,8 +134,8 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                               long long count, const int* first, const In* encoder, long long encoder_by_utterance,
                               long long encoder_by_frame, const In* predictor, long long predictor_by_utterance,
                               long long predictor_by_label, long long features, long long activation, double dropout,
-                              long long seed, const Hidden* hidden, Compute<In>* hidden_gradient,
-                              Compute<In>* encoder_gradient, long long gradient_frames) {
+                              long long seed, const Compute<In>* loss, const Hidden* hidden,
+                              Compute<In>* hidden_gradient, Compute<In>* encoder_gradient, long long gradient_frames) {
     typedef Compute<In> Real;
     const Dropout drop(seed, dropout);
     BLOCKS(i, n) {
@@ -144,6 +144,11 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
         const Utterance& of = utterances[at.utterance];
         const long long row_begin = of.cells + at.frame * of.width, row_end = row_begin + of.width;
         if (i > 0 && (cells ? cells[begin + i - 1] : cell - 1) >= row_begin) continue;
+        if (!is_finite(loss[of.index])) {  // its features may be NaN, and 0 * NaN is NaN
+            for (long long j = i; j < n && (cells ? cells[begin + j] : begin + j) < row_end; ++j)
+                PARALLEL(h, features) hidden_gradient[j * features + h] = Real(0);
+            continue;
+        }
         const long long start = first_label(of, first, at.frame);
         const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance;

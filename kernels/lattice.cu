@@ -156,9 +156,9 @@ DEVICE bool walk(const Arcs<Real>& arcs, bool ahead, typename Semiring::Value* v
                     value = Semiring::either(value, Semiring::through(before[u - 1], Semiring::arc(arcs.label(from, u - 1))));
             } else {
                 const Real log_blank = arcs.blank(t, u), own_label = arcs.log_label[cell];
-                bad |= is_nan(log_blank) && is_nan(own_label);
+                // Arcs that lead nowhere count as well: a NaN is an error of the input wherever it is.
+                bad |= !(log_blank <= Real(HIGHEST_WEIGHT)) || !(own_label <= Real(HIGHEST_WEIGHT));
                 if (arcs.has_blank(t, u)) {
-                    bad |= !(log_blank <= Real(HIGHEST_WEIGHT));
                     const Value rest = arcs.blank_ends(t, u) ? Semiring::one() : before[u];
                     value = Semiring::through(rest, Semiring::arc(log_blank));
                 }

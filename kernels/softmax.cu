@@ -70,7 +70,9 @@ DEVICE void arcs_of_row(const Row<dense, T> row, long long classes, long long bl
         const Real z = highest + logarithm(sum);
         const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
         const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
-        const bool valid = is_finite(z) && !is_nan(no_blank) && blank_logit < infinity<Real>();
+        // HAT without any class beside the blank has no labels to normalise.
+        const bool labels_valid = is_finite(z) || (distribution == HAT && classes == 1);
+        const bool valid = labels_valid && !is_nan(no_blank) && blank_logit < infinity<Real>();
         *log_blank = valid ? blank_value : nan_value<Real>();
         *log_label = !valid ? nan_value<Real>() : has_label ? label_logit - z + no_blank : -infinity<Real>();
         *normaliser = keep ? Real(1) / sum : z;

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
 from emulation import Builds
+
+# The same examples in every run; nothing is kept from one to the next.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=False)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

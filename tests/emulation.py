@@ -108,7 +108,7 @@ class Driver:
         self.program = program
         self.environment = {**os.environ, **OPTIONS, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the driver)
         self.index: dict[str, int] = {}
         self._begin()
 
@@ -138,7 +138,9 @@ class Driver:
             self._process.communicate()
             self._process = None
 
-    def run(self, name: str, blocks: int, threads: int, arrays: list[tuple[int, bytes]], arguments: list[tuple[int, int]]) -> list[bytes]:
+    def run(
+        self, name: str, blocks: int, threads: int, arrays: list[tuple[int, bytes]], arguments: list[tuple[int, int]]
+    ) -> list[bytes]:
         """Run a launch; returns what the arrays then hold.
 
         Parameters
@@ -161,13 +163,15 @@ class Driver:
         try:
             process.stdin.write(b"".join(message))
             process.stdin.flush()
+            self._read(8)
             return [self._read(len(content)) for _, content in arrays]
         except (EOFError, BrokenPipeError):
             process.communicate()
             self._process = None
             self._errors.seek(0)
             report = self._errors.read().decode(errors="replace")
-            raise KernelFault(f"{name}, {blocks} blocks of {threads} threads, exit status {process.returncode}:\n{report}") from None
+            status = f"exit status {process.returncode}"
+            raise KernelFault(f"{name}, {blocks} blocks of {threads} threads, {status}:\n{report}") from None
 
 
 def extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
@@ -227,7 +231,7 @@ class Emulated(Host):
         slots = _slots(arguments)
         arrays = [argument for argument in arguments if isinstance(argument, np.ndarray)]
         memory = _distinct([extent(array) for array in arrays])
-        before = [ctypes.string_at(low, high - low) for low, high in memory]
+        before = [(low, ctypes.string_at(low, high - low)) for low, high in memory]
         places = []
         for argument, slot in zip(arguments, slots, strict=True):
             if isinstance(argument, np.ndarray):
@@ -236,10 +240,10 @@ class Emulated(Host):
                 places.append((owner, slot - memory[owner][0]))
             else:
                 places.append((-1, slot))
-        after = self.driver.run(name, blocks, self.block, [(low, old) for (low, _), old in zip(memory, before, strict=True)], places)
-        for (low, high), old, new in zip(memory, before, after, strict=True):
+        after = self.driver.run(name, blocks, self.block, before, places)
+        for (low, old), new in zip(before, after, strict=True):
             if new != old:
-                inside = [array for array in arrays if low <= address_of(array) < high]
+                inside = [array for array in arrays if low <= address_of(array) < low + len(old)]
                 if not any(array.flags.writeable for array in inside):
                     raise KernelFault(f"{name} wrote into a read-only array of shape {inside[0].shape}")
                 ctypes.memmove(low, new, len(new))

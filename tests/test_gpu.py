@@ -179,7 +179,7 @@ SHAPES = [(1, 3, 2, 70_001), (1, 400, 200, 5), (2, 60, 1500, 4), (1, 1, 0, 3), (
 
 @pytest.mark.parametrize("shape", SHAPES)
 @every_function
-def test_shapes(function: str, shape: tuple[int, ...]) -> None:
+def test_shapes(function: str, shape: tuple[int, int, int, int]) -> None:
     of = make_batch(*shape, features=5)
     wanted = run(function, *getattr(of, function), *of.integers)
     assert_close(run(function, *given(function, of), *of.integers), wanted, (1e-6, 1e-5))
@@ -409,6 +409,24 @@ def test_torch(function: str, dtype: str, reduction: str, torch: Any) -> None:
         wanted_loss = np.dot(weights, wanted_loss)
         loss.backward()
     assert_close((loss, tuple(t.grad for t in tensors)), (wanted_loss, wanted), check.budgets(function, dtype, DEVICE))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_torch_samplewise(reduction: str, torch: Any) -> None:
+    of = make_batch()
+    wanted_loss, wanted = expected("joint_rnnt_loss", of)
+    tensors = leaves(torch, "joint_rnnt_loss", of)
+    encoder, predictor, weight, bias = tensors
+
+    def joint(e: Any, p: Any) -> Any:
+        return torch.nn.functional.linear(torch.tanh(e + p), weight, bias)
+
+    loss = of_torch("samplewise_rnnt_loss")(
+        joint, encoder, predictor, *of.integers, parameters=[weight, bias], reduction=reduction
+    )
+    loss.sum().backward()
+    wanted_loss = wanted_loss.sum() if reduction == "sum" else wanted_loss
+    assert_close((loss, tuple(tensor.grad for tensor in tensors)), (wanted_loss, wanted), (1e-6, 1e-5))
 
 
 @needs_device

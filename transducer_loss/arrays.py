@@ -65,22 +65,37 @@ def as_array(value: Any, name: str) -> Any:
     ------
     TypeError
         If `value` is no array, or of a dtype or device that no kernel reads.
+    ValueError
+        If its elements do not lie at multiples of their size.
     """
     if isinstance(value, np.ndarray):
         if not value.dtype.isnative:
             raise TypeError(f"{name}: expected native byte order, got dtype {value.dtype.str!r}")
-        return value
+        return _aligned(value, name)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(value, cupy.ndarray):
         return value
     if not hasattr(value, "__dlpack__"):
         raise TypeError(f"{name}: expected an array with __dlpack__, got {type(value).__name__}")
-    kind, index = (int(part) for part in value.__dlpack_device__())
+    try:
+        kind, index = (int(part) for part in value.__dlpack_device__())
+        capsule = value.__dlpack__() if kind in (_CPU, _CUDA_HOST) else None
+    except (BufferError, RuntimeError, ValueError) as error:  # as of a tensor that requires a gradient
+        raise TypeError(f"{name}: expected an array that DLPack exports, got {type(value).__name__}: {error}") from error
     if kind in (_CPU, _CUDA_HOST):
-        return _host_view(value.__dlpack__(), name)
+        return _aligned(_host_view(capsule, name), name)
     if kind in (_CUDA, _CUDA_MANAGED):
         return _cuda_view(value, index, name)
     raise TypeError(f"{name}: expected an array on the host or on a CUDA device, got DLPack device type {kind}")
+
+
+def _aligned(array: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    # As the field of a packed record may not be: its stride is no number of elements.
+    if not array.flags.aligned:
+        raise ValueError(
+            f"{name}: expected elements at multiples of their {array.itemsize} bytes, got an array that is to be copied first"
+        )
+    return array
 
 
 def _described(capsule: Any, name: str) -> tuple[int, tuple[int, ...], tuple[int, ...], np.dtype[Any]]:

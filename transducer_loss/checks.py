@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ INFEASIBLE = ("inf", "zero", "raise")
 
 def choice(value: Any, allowed: Sequence[str], name: str) -> int:
     """Position of `value` among the words of an enumeration, the same in Python and in the kernels."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return list(allowed).index(value)
 
@@ -27,9 +28,13 @@ def finite(value: Any, name: str) -> float:
     """A finite Python float."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not np.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest float
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +175,10 @@ def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
     """Utterance weights (B,), dense, of the compute dtype, on the processor; or None."""
     if value is None:
         return None
-    array = np.asarray(value, dtype) if isinstance(value, (list, tuple)) else as_array(value, "weights")
+    try:
+        array = np.asarray(value, dtype) if isinstance(value, (list, tuple)) else as_array(value, "weights")
+    except (TypeError, ValueError):
+        raise ValueError(f"weights: expected numbers, got {value}") from None
     expect_shape(array, "weights", "(B,)", (batch,))
     if array.dtype.name not in FLOATS:
         raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")

@@ -257,7 +257,7 @@ class Engine:
                 processor.gemm(gradient, self.weight, hidden_gradient)
                 joint.backward(
                     processor, group, of.joint, kept.cells, kept.positions, low, self._utterances(group, kept, low, high),
-                    hidden, hidden_gradient, gradients.encoder, gradients.predictor, strip.carried, strip.carry,
+                    loss, hidden, hidden_gradient, gradients.encoder, gradients.predictor, strip.carried, strip.carry,
                 )  # fmt: skip
 
     def scaled(self, weights: Any, weight: float, gradients: Gradients) -> tuple[Any, float]:

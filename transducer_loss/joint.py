@@ -49,7 +49,7 @@ def forward(
 
 def backward(
     processor: Any, group: Group, joint: Joint, kept: Any, positions: Any, begin: int, utterances: tuple[int, int],
-    hidden: Any, hidden_gradient: Any, encoder_gradient: Any, predictor_gradient: Any, carried: int, carry: Any,
+    loss: Any, hidden: Any, hidden_gradient: Any, encoder_gradient: Any, predictor_gradient: Any, carried: int, carry: Any,
 ) -> None:  # fmt: skip
     """Add a tile's gradient to those of encoder and predictor; `hidden_gradient` is worked on in place.
 
@@ -60,7 +60,7 @@ def backward(
     source = joint.encoder.dtype.name
     processor.launch(
         f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden), joint.features,
-        len(hidden), begin, kept, table, count, group.first, *joint.inputs, hidden, hidden_gradient,
+        len(hidden), begin, kept, table, count, group.first, *joint.inputs, loss, hidden, hidden_gradient,
         encoder_gradient, encoder_gradient.shape[1], alone=True,
     )  # fmt: skip
     processor.launch(

@@ -88,20 +88,35 @@ def problem(
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if not 0.0 <= finite(occupancy_floor, "occupancy_floor") < 1.0:
         raise ValueError(f"occupancy_floor: expected a share in [0, 1), got {occupancy_floor}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
     kind = choice(activation, ACTIVATIONS, "activation")
     frames = lengths(encoder_lengths, "encoder_lengths", batch, 1, most_frames, "T")
     labels = lengths(target_lengths, "target_lengths", batch, 0, predictor.shape[1] - 1, "U")
     processor = processor_for(encoder, threads, allocate)
     with processor:
-        # Kernels read features in order; the rest may have any strides.
-        encoder, predictor = (
-            array if array.shape[-1] == 1 or element_strides(array)[-1] == 1 else array.copy() for array in (encoder, predictor)
-        )
+        # Kernels read features in order, matrix products rows or columns; the rest may have any strides.
+        inputs = (encoder, predictor, weight, bias)
+        encoder, predictor = (array if _features_in_order(array) else array.copy() for array in (encoder, predictor))
+        weight = weight if _matrix(weight) else weight.copy()
+        bias = bias if bias is None or _features_in_order(bias) else bias.copy()
+        read = (encoder, predictor, weight, bias)
+        copied = sum(new.nbytes for old, new in zip(inputs, read, strict=True) if new is not None and new is not old)
         return Problem(
             processor, Joint(encoder, predictor, kind, float(dropout), int(seed) & (1 << 63) - 1), weight, bias,
             Cells.full(frames, labels), targets_for(targets, processor, labels, classes, checked, validate), checked,
-            workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor),
+            workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
         )  # fmt: skip
+
+
+def _features_in_order(array: Any) -> bool:
+    return bool(array.shape[-1] == 1 or element_strides(array)[-1] == 1)
+
+
+def _matrix(array: Any) -> bool:
+    """Whether BLAS reads the array as it lies."""
+    (rows, columns), (by_row, by_column) = array.shape, element_strides(array)
+    return bool((by_column == 1 and by_row >= columns) or (by_row == 1 and by_column >= rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +276,18 @@ def joint_rnnt_loss(
     done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:
         return done.native, None
-    kind = of.joint.encoder.dtype
     encoder, predictor, weight, bias = (
-        None if native is None else native.astype(kind, copy=False) for native in done.gradients.native
+        None if native is None else _cast(of, native) for native in done.gradients.native
     )
     return done.native, Grads(encoder, predictor, weight, bias, dropped_share(of, done.gradients))
+
+
+def _cast(of: Problem, sums: Any) -> Any:
+    """Sums in the inputs' dtype."""
+    kind = of.joint.encoder.dtype
+    if sums.dtype == kind:
+        return sums
+    with of.processor as processor:
+        native, view = processor.output(sums.shape, kind.name)
+        view[...] = sums
+        return native

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from transducer_loss import joint_loss, lattice, logits_loss, softmax
 from transducer_loss.engine import running
+from transducer_loss.tiling import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Occupancy:
     ----------
     blank, label : (B, T, U+1) array
         That a path takes the blank, or the label, out of cell (t, u); 0 in the padding. Over any cut of a lattice they
-        sum to 1.
+        sum to 1. Of packed logits T and U are the longest.
     loss : (B,) array
         As of the loss function.
     """
@@ -36,7 +35,7 @@ class Alignment:
     Attributes
     ----------
     frames : (B, U) array of int64
-        Frame at which each label is emitted; -1 past U_b, and for an utterance without a path.
+        Frame at which each of the targets is emitted; -1 past U_b, and for an utterance without a path.
     score : (B,) array of float64
         Log-probability of the path; -inf without one, NaN for logits that are not finite.
     """
@@ -72,6 +71,15 @@ def _each_arcs(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return joint_of, arcs_of_joint()
 
 
+def _padded(of: Any) -> tuple[int, int, int]:
+    """(B, T, U+1) of the arguments; of packed logits, the longest ones."""
+    if isinstance(of, Problem):
+        return (*of.joint.encoder.shape[:2], of.joint.predictor.shape[1])
+    if of.logits.ndim == 4:
+        return tuple(of.logits.shape[:3])
+    return len(of.cells.frames), int(of.cells.frames.max()), int(of.cells.labels.max()) + 1
+
+
 _DEFAULTS: dict[str, Any] = {
     "blank": 0, "topology": "regular", "fastemit_lambda": 0.0, "delay_penalty": 0.0, "hat": False, "infeasible": "inf",
 }  # fmt: skip
@@ -101,7 +109,7 @@ def occupancy(*inputs: Any, **options: Any) -> Occupancy:
     """
     of, parts = _each_arcs(inputs, options)
     processor, cells = of.processor, of.cells
-    shape = (len(cells.frames), int(cells.frames.max()), int(cells.labels.max()) + 1)
+    shape = _padded(of)
     with processor:
         (_, blank), (_, label) = (processor.output(shape, of.dtype, zero=True) for _ in range(2))
         loss, reported = (processor.empty((shape[0],), of.dtype) for _ in range(2))
@@ -145,8 +153,9 @@ def align(*inputs: Any, **options: Any) -> Alignment:
     of, parts = _each_arcs(inputs, options)
     processor = of.processor
     with processor:
-        frames = processor.to_device(np.empty((len(of.cells.frames), int(of.cells.labels.max())), np.int64))
-        score = processor.to_device(np.empty(len(of.cells.frames)))
+        frames = processor.output(tuple(of.targets.array.shape), "int64")[1]
+        score = processor.output((len(of.cells.frames),), "float64")[1]
         for group, arcs in parts:
             lattice.best_path(processor, group, arcs, of.options, frames, score)
+        logits_loss.raise_infeasible(processor, -score, of.options)
     return Alignment(frames, score)

@@ -27,6 +27,8 @@ class Problem:
     options: Options
     workspace: int
     occupancy_floor: float
+    copied: int = 0
+    """Bytes of the inputs that had to be copied."""
 
     @property
     def dtype(self) -> str:
@@ -64,7 +66,8 @@ def plan(of: Problem) -> Plan:
     counts, frames = of.cells.counts, of.cells.frames
     arrays = per_cell * counts + per_row * frames + per_utterance
     widened = classes * (features + 1) * size if of.operand != of.joint.encoder.dtype.name else 0
-    reserved = widened + of.processor.reserved
+    # Beside the groups' arrays: losses and weights of the batch, and what the arrays are rounded up by.
+    reserved = widened + of.copied + of.processor.reserved + 2 * size * len(counts) + 64
     split = of.operand != of.dtype  # a half-type gradient beside float32 logits
     halves = numpy_dtype(of.operand).itemsize
 
@@ -95,16 +98,23 @@ def plan(of: Problem) -> Plan:
     # Half of the workspace is left to the groups where that is possible.
     strips, tile = next(shape for share in (0.5, 1.0) for shape in shapes if fits(shape, share))
     room = of.workspace - reserved - fixed(strips, tile)
-    with_logits = arrays + classes * size * counts
+    logits = classes * size * counts
+    # Logits have a room of their own: their memory stays while groups are at work that keep none and have more cells.
+    share = max(0.25, per_cell / (per_cell + classes * size))
+    for_arrays = max(int(arrays.max()), min(int(share * room), int(arrays.sum()), per_cell * of.processor.group_cells))
+    for_logits = room - for_arrays
 
     groups, retained = [], []
     begin, batch = 0, len(counts)
     while begin < batch:
-        keep = bool(with_logits[begin] <= room)
-        cost = with_logits if keep else arrays
-        end, spent, cells = begin + 1, int(cost[begin]), int(counts[begin])
-        while end < batch and spent + cost[end] <= room and cells < of.processor.group_cells:
-            spent, cells, end = spent + int(cost[end]), cells + int(counts[end]), end + 1
+        keep = bool(logits[begin] <= for_logits)
+        end, spent, kept, cells = begin + 1, int(arrays[begin]), int(logits[begin]), int(counts[begin])
+        while (
+            end < batch and cells < of.processor.group_cells and spent + arrays[end] <= for_arrays
+            and (not keep or kept + logits[end] <= for_logits)
+        ):  # fmt: skip
+            spent, kept, cells = spent + int(arrays[end]), kept + int(logits[end]), cells + int(counts[end])
+            end += 1
         groups.append((begin, end))
         retained.append(keep)
         begin = end

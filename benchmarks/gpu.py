@@ -1,0 +1,252 @@
+"""What a GPU shows of the losses: that runs agree bit for bit, what memory they take, and how long they take.
+
+``python -m transducer_loss.benchmarks.gpu repeatability | memory | timings`` prints one JSON object; the exit status is 1 where
+runs differ, or memory goes unseen. Needs PyTorch. ``--device cpu`` tries the measurements themselves, on small inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import transducer_loss
+from transducer_loss.adapters.torch import joint_rnnt_loss, rnnt_loss
+from transducer_loss.benchmarks.joint_loss import random_case, trained_case
+
+Shape = tuple[int, int, int, int, int]
+
+SHAPES: list[Shape] = [(8, 200, 40, 500, 256), (4, 300, 60, 2000, 256), (32, 400, 100, 1000, 640)]
+"""B, T, U, V, H."""
+SMALL: Shape = (2, 20, 6, 30, 16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MEBIBYTE = 1 << 20
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _logits(shape: Shape, dtype: torch.dtype, device: str) -> Tensor:
+    batch, frames, labels, classes, _ = shape
+    generator = torch.Generator(device).manual_seed(0)
+    size = (batch, frames, labels + 1, classes)
+    return torch.randn(size, dtype=dtype, device=device, generator=generator).requires_grad_()
+
+
+def _joint(case: tuple[Any, ...], dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Any]]:
+    """Leaves, and integers, which stay on the host."""
+    return [torch.from_numpy(array).to(device, dtype).requires_grad_() for array in case[:4]], list(case[4:])
+
+
+def _step(loss: Callable[..., Tensor], leaves: list[Tensor], *integers: Any, **options: Any) -> list[Tensor]:
+    """Loss and gradients."""
+    value = loss(*leaves, *integers, **options)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@contextlib.contextmanager
+def _busy(device: str) -> Iterator[None]:
+    """Matrix products on another stream all the while."""
+    if device == "cpu":
+        yield
+        return
+    done, stream = threading.Event(), torch.cuda.Stream()
+    matrix = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+
+    def multiply() -> None:
+        with torch.cuda.stream(stream):
+            while not done.is_set():
+                for _ in range(8):
+                    torch.mm(matrix, matrix)
+                stream.synchronize()
+
+    thread = threading.Thread(target=multiply)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def repeatability(device: str, runs: int = 20) -> dict[str, Any]:
+    """Whether loss and gradients of several runs beside a busy stream are the same bits."""
+    shape = SMALL if device == "cpu" else (4, 150, 40, 300, 128)
+    rows = []
+    with _busy(device):
+        for dtype in DTYPES:
+            leaves, integers = _joint(random_case(*shape), dtype, device)
+            logits = _logits(shape, dtype, device)
+            for name, step in {
+                "rnnt_loss": functools.partial(_step, rnnt_loss, [logits], *integers),
+                "joint_rnnt_loss": functools.partial(_step, joint_rnnt_loss, leaves, *integers),
+                "joint_rnnt_loss, 48 MiB": functools.partial(_step, joint_rnnt_loss, leaves, *integers, workspace="48MiB"),
+            }.items():
+                first = [result.clone() for result in step()]
+                same = [
+                    all(
+                        torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+                        for a, b in zip(first, step(), strict=True)
+                    )
+                    for _ in range(runs - 1)
+                ]
+                rows.append({"loss": name, "dtype": _name(dtype), "runs": runs, "same": 1 + sum(same)})
+    return {"passed": all(row["same"] == runs for row in rows), "rows": rows}
+
+
+def memory(device: str) -> dict[str, Any]:
+    """The torch allocator's peak against the workspace that was asked for, and against what the device itself says is gone."""
+    rows = []
+    shape = SMALL if device == "cpu" else SHAPES[0]
+    for dtype in DTYPES:
+        leaves, integers = _joint(random_case(*shape), dtype, device)
+        gradients = 4 * sum(leaf.numel() for leaf in leaves)
+        for workspace in (64 * MEBIBYTE, 256 * MEBIBYTE, 1024 * MEBIBYTE):
+            step = functools.partial(_step, joint_rnnt_loss, leaves, *integers, workspace=workspace)
+            step()  # compiles the kernels, makes the handles
+            row = {"dtype": _name(dtype), "workspace": workspace, "gradients_in_float32": gradients}
+            if device != "cpu":
+                row.update(_measured(step))
+                # Gradients exist in float32, times the upstream gradient, and in the inputs' dtype.
+                row["passed"] = (
+                    row["peak"] <= workspace + 3 * gradients + MEBIBYTE
+                    and row["unseen"] <= 8 * MEBIBYTE and row["cupy_pool"] <= MEBIBYTE
+                )  # fmt: skip
+            rows.append(row)
+    return {"passed": all(row.get("passed", True) for row in rows), "rows": rows}
+
+
+def _measured(step: Callable[[], Any]) -> dict[str, int]:
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    pool.free_all_blocks()
+    torch.cuda.reset_peak_memory_stats()
+    pooled, allocated, reserved = pool.total_bytes(), torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    free = torch.cuda.mem_get_info()[0]
+    step()
+    torch.cuda.synchronize()
+    taken, known = free - torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved() - reserved
+    return {
+        "peak": torch.cuda.max_memory_allocated() - allocated, "reserved": known, "device": taken, "unseen": taken - known,
+        "cupy_pool": pool.total_bytes() - pooled,
+    }  # fmt: skip
+
+
+def _time(work: Callable[[], Any], device: str) -> dict[str, Any]:
+    """Milliseconds of up to 20 runs or 1.5 s, at least 5, after two that are not counted; and the peak of torch's allocator."""
+    on_gpu, times = device != "cpu", list[float]()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    work()
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    begun = time.perf_counter()
+    while len(times) < 5 or (len(times) < 20 and time.perf_counter() - begun < 1.5):
+        if on_gpu:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start_time = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - start_time))
+    low, median, high = np.percentile(times, [10, 50, 90])
+    return {"median_ms": median, "p10_ms": low, "p90_ms": high, "least_ms": min(times), "runs": len(times), "peak": peak}
+
+
+def _three_products(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """What no exact loss with a gradient of every cell does without: logits, and the gradients of hidden and weight."""
+    batch, frames, labels, classes, features = shape
+    cells = batch * frames * (labels + 1)
+    hidden, weight = (torch.randn(n, features, dtype=dtype, device=device) for n in (cells, classes))
+    logits = torch.empty(cells, classes, dtype=dtype, device=device)
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=hidden_gradient)
+        torch.mm(logits.T, hidden, out=weight_gradient)
+
+    return run
+
+
+def _torchaudio(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    peer = importlib.import_module("torchaudio.functional").rnnt_loss
+    batch, frames, labels, classes, _ = shape
+    targets = torch.randint(1, classes, (batch, labels), dtype=torch.int32, device=device)
+    lengths = [torch.full((batch,), n, dtype=torch.int32, device=device) for n in (frames, labels)]
+    return functools.partial(_step, peer, [_logits(shape, dtype, device)], targets, *lengths, blank=0)
+
+
+def _works(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], Callable[[], Any]]]]:
+    """Names, and functions that make what is to be timed."""
+
+    def joint(case: Callable[..., tuple[Any, ...]], **options: Any) -> Callable[[], Any]:
+        leaves, integers = _joint(case(*shape), dtype, device)
+        return functools.partial(_step, joint_rnnt_loss, leaves, *integers, **options)
+
+    def logits() -> Callable[[], Any]:
+        return functools.partial(_step, rnnt_loss, [_logits(shape, dtype, device)], *random_case(*shape)[4:])
+
+    yield "three products", functools.partial(_three_products, shape, dtype, device)
+    yield "joint_rnnt_loss, every cell", functools.partial(joint, random_case, occupancy_floor=0.0)
+    yield "joint_rnnt_loss, random", functools.partial(joint, random_case)
+    yield "joint_rnnt_loss, as trained", functools.partial(joint, trained_case)
+    yield "rnnt_loss", logits
+    yield "torchaudio rnnt_loss", functools.partial(_torchaudio, shape, dtype, device)
+
+
+def timings(device: str) -> dict[str, Any]:
+    """Forward and backward of both losses, beside torchaudio's and beside the matrix products alone."""
+    rows = []
+    for shape in [SMALL] if device == "cpu" else SHAPES:
+        for dtype in DTYPES:
+            leaves, integers = _joint(trained_case(*shape), dtype, device)
+            grads = transducer_loss.joint_rnnt_loss(*(leaf.detach() for leaf in leaves), *integers)[1]
+            shared = {"B T U V H": shape, "dtype": _name(dtype), "kept as trained": 1 - grads.dropped if grads else None}
+            for name, make in _works(shape, dtype, device):
+                try:
+                    rows.append({**shared, "what": name, **_time(make(), device)})
+                except Exception as error:  # no torchaudio, a dtype it lacks, too little memory: the rest is still worth timing
+                    rows.append({**shared, "what": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+                if device != "cpu":
+                    torch.cuda.empty_cache()
+    ours = [row for row in rows if "torchaudio" not in row["what"]]
+    return {"passed": all("error" not in row for row in ours), "rows": rows}
+
+
+def main() -> int:
+    """Run one of them."""
+    parser = argparse.ArgumentParser(prog="python -m transducer_loss.benchmarks.gpu")
+    parser.add_argument("measure", choices=["repeatability", "memory", "timings"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    arguments = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found = {"repeatability": repeatability, "memory": memory, "timings": timings}[arguments.measure](arguments.device)
+    print(json.dumps({"torch": torch.__version__, "device": arguments.device, **found}, indent=1))
+    return int(not found["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""The defects that `test_emulation.py` is there to see: each is planted into a copy of the kernels, and seen."""
+
+import dataclasses
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emulation import KERNELS, Builds, Driver, Emulated, KernelFault, Plain, running_on, sources
+from emulation_cases import CASES, Case, arrays_of, expect_equal
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    """What replaces what in a file, and how it shows."""
+
+    name: str
+    sanitizer: str
+    file: str
+    old: str
+    new: str
+    seen: str
+    """Pattern of the report."""
+    case: str = "joint-float32"
+    kernels: str = ""
+    """The file of the kernels that show it, where the defect is in a header."""
+
+
+BARRIER = "    __syncthreads();\n"
+RACE = "ThreadSanitizer: data race"
+SCAN = f"    sums[threadIdx.x] = value;\n{BARRIER}"
+DIFFERENT = "Not equal to tolerance"
+
+DEFECTS = [
+    Defect("step-without-barrier", "thread", "lattice.cu", "        __syncthreads();\n    }\n    return bad;", "    }\n    return bad;", RACE),
+    Defect("scan-without-barrier", "thread", "compact.cu", SCAN, "    sums[threadIdx.x] = value;\n", RACE),
+    Defect(
+        "next-reduction-without-barrier", "thread", "processor.cuh",
+        "        __syncthreads();  // of_warp belongs to the next reduction from here\n", "", RACE, kernels="compact.cu",
+    ),
+    Defect(
+        "shuffle-as-barrier", "thread", "processor.cuh", "        __syncthreads();  // a shuffle alone orders no memory\n", "",
+        RACE, "joint-wide", "softmax.cu",
+    ),
+    Defect(
+        "in-place-without-barrier", "thread", "softmax.cu",
+        "    __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes\n",
+        "", RACE, "logits-inplace",
+    ),
+    Defect(
+        "index-one-too-far", "address", "compact.cu", "positions[first_cell + of.width] = before",
+        "positions[first_cell + of.width + 1] = before", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    Defect(
+        "index-one-too-low", "address", "compact.cu", "before_row[row]", "before_row[row - 1]",
+        "AddressSanitizer: (heap-buffer-overflow|use-after-poison)",
+    ),
+    Defect(
+        "shared-array-too-short", "address", "compact.cu", "SHARED(long long, sums, 1024)", "SHARED(long long, sums, 63)",
+        "index 63 out of bounds|heap-buffer-overflow",
+    ),
+    Defect(
+        "signed-overflow", "address", "compact.cu", "        long long kept = 0;\n",
+        "        int area = (int)row + 65536;\n        area *= area;\n        long long kept = area == 7;\n", "signed integer overflow",
+    ),
+    Defect(
+        "not-a-number-to-integer", "address", "compact.cu", "counts[row] = kept",
+        "counts[row] = kept + 0 * (int)nan_value<float>()", "nan is outside the range",
+    ),
+    Defect(
+        "barrier-for-some-threads", "address", "compact.cu", SCAN,
+        f"    sums[threadIdx.x] = value;\n    if (threadIdx.x < 40)\n    {BARRIER}", "barrier divergence: .* wait at .*compact.cu:",
+    ),
+    Defect(
+        "thread-leaves", "address", "compact.cu", "        for (long long start = 0; start <= n;",
+        "        if (threadIdx.x == 40) return;\n        for (long long start = 0; start <= n;",
+        "barrier divergence: .*the end of the kernel",
+    ),
+    Defect(
+        "lane-without-shuffle", "address", "processor.cuh", "    if (warps > 1) {\n", "    if (lane == 3) return value;\n    if (warps > 1) {\n",
+        "barrier (divergence|hang): ", kernels="compact.cu",
+    ),
+    Defect(
+        "endless-loop", "address", "compact.cu", SCAN, f"    for (volatile int spins = threadIdx.x == 40; spins;) {{}}\n{SCAN}",
+        "barrier hang: .*\n  63 of 64 threads of the block wait at .*compact.cu:",
+    ),
+    Defect(
+        "unwritten-cell", "address", "lattice.cu", "            label_occupancy[cell] = label;\n",
+        "            if (u < of.labels) label_occupancy[cell] = label;\n", DIFFERENT, "logits-float32",
+    ),
+    Defect(
+        "shared-memory-unwritten", "address", "compact.cu", "    sums[threadIdx.x] = value;\n",
+        "    if (value != 0) sums[threadIdx.x] = value;\n", f"{DIFFERENT}|AddressSanitizer|ValueError",
+    ),
+    Defect(
+        "block-ends-with-its-first-item", "address", "softmax.cu", "            continue;\n", "            return;\n", DIFFERENT,
+        "logits-band-regular",
+    ),
+]  # fmt: skip
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def with_defect(defect: Defect, folder: Path) -> Path:
+    """A copy of the kernels with the defect, and of them only those that show it, as they are quick to compile."""
+    for file in sources():
+        shutil.copy(file, folder)
+    broken = folder / defect.file
+    text = broken.read_text()
+    assert text.count(defect.old) == 1
+    broken.write_text(text.replace(defect.old, defect.new))
+    host = folder / "host.cpp"
+    wanted = defect.kernels or defect.file
+    host.write_text(re.sub(r'#include "(\w+\.cu)"\n', lambda found: found[0] if found[1] == wanted else "", host.read_text()))
+    return folder
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
+def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
+    program = builds.start(defect.sanitizer, with_defect(defect, tmp_path))()
+    driver = Driver(program, {"EMULATOR_PATIENCE": "1"})
+    assert driver.index
+    case = case_of(defect.case)
+    with running_on(Plain()):
+        expected = arrays_of(case.run())
+    with pytest.raises(AssertionError) as fault, running_on(Emulated(driver, case.block)):
+        expect_equal(arrays_of(case.run()), expected, case.rounding)
+    driver.close()
+    assert re.search(defect.seen, str(fault.value))
+
+
+@pytest.fixture(scope="module")
+def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    """One file of the kernels as it is."""
+    untouched = Defect("none", "address", "compact.cu", SCAN, SCAN, "")
+    return Emulated(Driver(builds.start("address", with_defect(untouched, tmp_path_factory.mktemp("kernels")))()), 64)
+
+
+def test_launch_without_defect(compact: Emulated) -> None:
+    given = np.array([3, 0, 2, 1, -1])
+    compact.launch("compact_scan", 1, 5, 4, given)
+    assert given.tolist() == [0, 3, 3, 5, 6]
+
+
+def test_argument_too_few_is_seen(compact: Emulated) -> None:
+    with pytest.raises(KernelFault, match="heap-buffer-overflow"):
+        compact.launch("compact_scan", 1, 5, 4)
+
+
+def test_array_too_short_is_seen(compact: Emulated) -> None:
+    with pytest.raises(KernelFault, match="heap-buffer-overflow"):
+        compact.launch("compact_scan", 1, 5, 4, np.arange(4))
+
+
+def test_misaligned_array_is_seen(compact: Emulated) -> None:
+    shifted = np.zeros(48, np.uint8)[4:44].view(np.int64)
+    with pytest.raises(KernelFault, match="misaligned address"):
+        compact.launch("compact_scan", 1, 5, 4, shifted)
+
+
+def test_write_to_an_input_is_seen(compact: Emulated) -> None:
+    given = np.arange(5)
+    given.flags.writeable = False
+    with pytest.raises(KernelFault, match="read-only"):
+        compact.launch("compact_scan", 1, 5, 4, given)
+    assert given.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_block_that_is_no_whole_warp_is_seen(compact: Emulated) -> None:
+    with pytest.raises(KernelFault, match="expected whole warps"):
+        Emulated(compact.driver, 33).launch("compact_scan", 1, 5, 4, np.arange(5))
+
+
