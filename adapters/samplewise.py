@@ -120,7 +120,8 @@ def _expect_known(logits: Tensor, known: Sequence[Tensor]) -> None:
     edges = [get_gradient_edge(tensor) for tensor in known if tensor.requires_grad]
     ends = {(edge.node, edge.output_nr) for edge in edges}
     start = get_gradient_edge(logits)
-    seen, todo = set(), [(start.node, start.output_nr)]
+    seen: set[Any] = set()
+    todo: list[tuple[Any, int]] = [(start.node, start.output_nr)]
     while todo:
         node, output = todo.pop()
         if node is None or node in seen or (node, output) in ends:
@@ -237,13 +238,14 @@ class _SamplewiseLoss(torch.autograd.Function):
     def forward(ctx: Any, of: _Problem, infeasible: str, reduction: str, *inputs: Tensor) -> Tensor:
         later = reduction == "none"
         ctx.later, ctx.dtypes = later, [tensor.dtype for tensor in inputs]
+        targets = (of.targets,) if isinstance(of.targets, Tensor) else ()
         if later:
             ctx.of, ctx.random = of, _Random(inputs[0].device)
         run = _Run(of, inputs, graph=True)
         share = 1 / len(of.frames) if reduction == "mean" else 1.0
         loss, ctx.packs = run.forward(None if later else share)
         # Saved in this way they are given up with the graph, and autograd notices when they were changed in between.
-        ctx.save_for_backward(*(inputs if later else run.sums))
+        ctx.save_for_backward(*((*inputs, *targets) if later else run.sums))
         return _reported(loss, infeasible, reduction)
 
     @staticmethod
@@ -251,7 +253,7 @@ class _SamplewiseLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
         sums, factor = ctx.saved_tensors, upstream
         if ctx.later:
-            run = _Run(ctx.of, sums, graph=True)
+            run = _Run(ctx.of, ctx.saved_tensors[: len(ctx.dtypes)], graph=True)
             with ctx.random.replayed():
                 run.backward(ctx.packs, upstream)
             sums, factor = run.sums, upstream.new_ones(())
@@ -375,14 +377,15 @@ def samplewise_rnnt_loss(
         raise TypeError(f"pack: expected an int, got {type(pack).__name__}")
     if pack < 0:
         raise ValueError(f"pack: expected a number of cells, 0 or more, got {pack}")
-    for value, name in ((encoder, "encoder"), (predictor, "predictor")):
-        expect_tensor(value, name)
-        float_array(plain(value), name, "B T D" if name == "encoder" else "B U+1 D")
+    expect_tensor(encoder, "encoder")
+    expect_tensor(predictor, "predictor")
+    float_array(plain(encoder), "encoder", "B T D")
     batch, device = encoder.shape[0], encoder.device
-    if predictor.shape[0] != batch:
-        raise ValueError(f"predictor: expected shape (B, U+1, D) = ({batch}, U+1, D), got {tuple(predictor.shape)}")
     if predictor.device != device:
         raise ValueError(f"predictor: expected device {device} as encoder, got {predictor.device}")
+    float_array(plain(predictor), "predictor", "B U+1 D")
+    if predictor.shape[0] != batch:
+        raise ValueError(f"predictor: expected shape (B, U+1, D) = ({batch}, U+1, D), got {tuple(predictor.shape)}")
     of = _Problem(
         joint,
         lengths(plain(encoder_lengths), "encoder_lengths", batch, 1, encoder.shape[1], "T"),
@@ -428,6 +431,7 @@ class SamplewiseRNNTLoss(torch.nn.Module):
         super().__init__()
         if options.get("parameters") is not None:
             options["parameters"] = list(options["parameters"])  # there is more than one call
+        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
         self.joint, self.options = joint, options
 
     def forward(self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any) -> Tensor:

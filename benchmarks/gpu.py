@@ -117,7 +117,7 @@ def memory(device: str) -> dict[str, Any]:
         for workspace in (64 * MEBIBYTE, 256 * MEBIBYTE, 1024 * MEBIBYTE):
             step = functools.partial(_step, joint_rnnt_loss, leaves, *integers, workspace=workspace)
             step()  # compiles the kernels, makes the handles
-            row = {"dtype": _name(dtype), "workspace": workspace, "gradients_in_float32": gradients}
+            row: dict[str, Any] = {"dtype": _name(dtype), "workspace": workspace, "gradients_in_float32": gradients}
             if device != "cpu":
                 row.update(_measured(step))
                 # Gradients exist in float32, times the upstream gradient, and in the inputs' dtype.

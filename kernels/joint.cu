@@ -66,16 +66,16 @@ template <typename Work> DEVICE void with_activation(long long name, const Work&
 
 // Dropout of the hidden features by Philox 4x32-10. The counter is (h / 4, u, t, b): the same mask whatever the tiles, the
 // groups and the processor, so that the second pass makes the first one's mask again.
-struct Dropout {
+template <typename Real> struct Dropout {
     unsigned long long seed;
     unsigned int threshold;  // dropped where the 32 random bits are below it; 0 is no dropout
-    float scale;
+    Real scale;
 
     DEVICE Dropout(long long of_seed, double probability)
         : seed((unsigned long long)of_seed), threshold((unsigned int)(probability * 4294967296.0)),
-          scale((float)(1.0 / (1.0 - probability))) {}
+          scale((Real)(1.0 / (1.0 - probability))) {}
 
-    DEVICE float factor(long long b, long long t, long long u, long long h) const {
+    DEVICE Real factor(long long b, long long t, long long u, long long h) const {
         unsigned int c0 = (unsigned int)(h >> 2), c1 = (unsigned int)u, c2 = (unsigned int)t, c3 = (unsigned int)b;
         unsigned int k0 = (unsigned int)seed, k1 = (unsigned int)(seed >> 32);
         for (int round = 0; round < 10; ++round) {
@@ -89,7 +89,7 @@ struct Dropout {
         }
         const int word = (int)(h & 3);
         const unsigned int bits = word == 0 ? c0 : word == 1 ? c1 : word == 2 ? c2 : c3;
-        return bits < threshold ? 0.0f : scale;
+        return bits < threshold ? Real(0) : scale;
     }
 };
 
@@ -102,7 +102,7 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
                      const In* predictor, long long predictor_by_utterance, long long predictor_by_label, long long features,
                      long long activation, double dropout, long long seed, const Compute<In>* loss, Hidden* hidden) {
     typedef Compute<In> Real;
-    const Dropout drop(seed, dropout);
+    const Dropout<Real> drop(seed, dropout);
     BLOCKS(i, n) {
         const Cell at = locate(utterances, count, first, cells ? cells[begin + i] : begin + i);
         const Utterance& of = utterances[at.utterance];
@@ -121,7 +121,7 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
                 SIMD
                 PARALLEL(h, features)
                 store(out + h, kind.value(Real(load(e + h)) + Real(load(p + h))) *
-                                   Real(drop.factor(of.index, at.frame, at.label, h)));
+                                   drop.factor(of.index, at.frame, at.label, h));
             }
         });
     }
@@ -137,7 +137,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                               long long seed, const Compute<In>* loss, const Hidden* hidden,
                               Compute<In>* hidden_gradient, Compute<In>* encoder_gradient, long long gradient_frames) {
     typedef Compute<In> Real;
-    const Dropout drop(seed, dropout);
+    const Dropout<Real> drop(seed, dropout);
     BLOCKS(i, n) {
         const long long cell = cells ? cells[begin + i] : begin + i;
         const Cell at = locate(utterances, count, first, cell);
@@ -178,7 +178,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                         SIMD
                         for (int k = 0; k < lanes; ++k) {
                             const Real z = Real(load(e_t + k)) + Real(load(p_u + k));
-                            const Real kept = Real(drop.factor(of.index, at.frame, u, h0 + k));
+                            const Real kept = drop.factor(of.index, at.frame, u, h0 + k);
                             const Real value = d[k] * kept * kind.slope(z, kind.value(z));
                             d[k] = value;
                             sum[k] += value;

@@ -10,7 +10,8 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define KERNEL __global__ void __launch_bounds__(512)
+// Up to 512 threads; asked for no more than one block at a time, ptxas spills no register to make room for others.
+#define KERNEL __global__ void __launch_bounds__(512, 1)
 #define DEVICE __device__ __forceinline__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define EXPORT(...)

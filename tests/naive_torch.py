@@ -91,7 +91,7 @@ def naive_joint(encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor
 
 def error(value: Tensor, exact: Tensor | np.ndarray) -> float:
     """Relative, by the Frobenius norm; NaN where the value has one."""
-    exact = torch.as_tensor(exact)
+    exact = torch.as_tensor(exact).detach()
     return float(torch.linalg.vector_norm(value.detach().double() - exact) / torch.linalg.vector_norm(exact))
 
 

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 
 from cupy_backends.cuda.libs import nvrtc
 
-# CuPy adds -ftz=true by itself. What ptxas says of a kernel comes through NVRTC's log.
+ARCHITECTURES = (75, 80, 90, 100, 120)
+
+# CuPy adds -ftz=true to what transducer_loss.cuda asks for. With -v ptxas reports into NVRTC's log.
 OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
 
-ARCHITECTURES = (75, 80, 90, 100, 120)
+
+class CompileError(Exception):
+    """NVRTC's messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +23,8 @@ class Usage:
     """What a kernel takes of a multiprocessor."""
 
     registers: int
-    shared: int
-    """Bytes."""
     stack: int
-    """Bytes of a thread's local memory, where arrays lie that registers cannot hold."""
+    """Bytes of a thread's local memory, for arrays that registers cannot hold."""
     spilled: int
     """Bytes written to and read from there because registers ran out."""
 
@@ -30,19 +32,13 @@ class Usage:
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?",
+    r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 
 
-def compiled(source: str, names: Sequence[str], architecture: int, options: Sequence[str] = ()) -> dict[str, Usage]:
-    """Compile instances of kernels into machine code of an architecture, such as 90.
-
-    Raises
-    ------
-    nvrtc.NVRTCError
-        With the compiler's messages as its notes.
-    """
+def compiled(source: str, names: Sequence[str], architecture: int, *options: str) -> dict[str, Usage]:
+    """Compile instances of kernels, by name, into machine code of an architecture: 90 is sm_90."""
     program = nvrtc.createProgram(source, "kernels.cu", (), ())
     try:
         for name in names:
@@ -50,17 +46,17 @@ def compiled(source: str, names: Sequence[str], architecture: int, options: Sequ
         try:
             nvrtc.compileProgram(program, [*OPTIONS, *options, f"-arch=sm_{architecture}"])
         except nvrtc.NVRTCError as error:
-            raise RuntimeError(nvrtc.getProgramLog(program)) from error
-        assert nvrtc.getCUBIN(program)
-        log = nvrtc.getProgramLog(program)
-        entries = {}
-        for part in log.split("ptxas info    : ")[1:]:
-            pass
-        found = {match["kernel"]: match for match in _ENTRY.finditer(log)}
-        return {name: _usage(found[nvrtc.getLoweredName(program, name)]) for name in names}
+            raise CompileError(nvrtc.getProgramLog(program)) from error
+        entries = {entry["kernel"]: entry for entry in _ENTRY.finditer(nvrtc.getProgramLog(program))}
+        code = nvrtc.getCUBIN(program)
+        lowered = {name: nvrtc.getLoweredName(program, name) for name in names}
     finally:
         nvrtc.destroyProgram(program)
+    absent = [name for name in names if lowered[name].encode() not in code or lowered[name] not in entries]
+    if absent:
+        raise CompileError(f"no machine code, or no report of ptxas, for {absent}")
+    return {name: _usage(entries[lowered[name]]) for name in names}
 
 
 def _usage(entry: re.Match[str]) -> Usage:
-    return Usage(int(entry["registers"]), int(entry["shared"] or 0), int(entry["stack"]), int(entry["stores"]) + int(entry["loads"]))
+    return Usage(int(entry["registers"]), int(entry["stack"]), int(entry["stores"]) + int(entry["loads"]))

@@ -4,13 +4,12 @@ import dataclasses
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emulation import KERNELS, Builds, Driver, Emulated, KernelFault, Plain, running_on, sources
+from emulation import Builds, Driver, Emulated, KernelFault, Plain, running_on, sources
 from emulation_cases import CASES, Case, arrays_of, expect_equal
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")

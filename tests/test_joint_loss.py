@@ -24,6 +24,7 @@ from helpers import (
     path_noise,
     random_lengths,
     random_targets,
+    rounding,
     run_python,
 )
 from transducer_loss import joint_loss, processors, reference, tiling
@@ -73,15 +74,14 @@ def expect_same(got: tuple[Any, Any], of: Inputs, mask: Array | None = None, **o
     loss, exact = reference.joint_rnnt_loss(*of.all, mask=mask, **options)
     dtype = of.encoder.dtype.name
     # Logits are sums of H products: their error is a few units of the sum of the products' sizes.
-    hidden = np.nanmax(np.abs(of.encoder.astype(np.float64))) + np.nanmax(np.abs(of.predictor.astype(np.float64)))
-    hidden = (hidden if options.get("activation") in ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "identity") else 1.0) * (
-        1.0 if mask is None else mask.max()
-    )
+    flat = options.get("activation", "tanh") in ("tanh", "sigmoid")
+    hidden = 1.0 if flat else sum(np.nanmax(np.abs(x.astype(np.float64))) for x in (of.encoder, of.predictor))
+    hidden *= 1.0 if mask is None else mask.max()
     weight = of.weight.astype(np.float64)
     largest = hidden * np.abs(weight).sum(1).max() + (0.0 if of.bias is None else np.abs(of.bias.astype(np.float64)).max())
     steps = int((of.frames + of.labels).max())
     delay = abs(options.get("delay_penalty", 0.0)) * of.frames.max()
-    relative = path_noise(dtype, steps, 4 * largest + delay)
+    relative = path_noise(dtype, steps, largest + delay)
     expect_close(got[0], loss, relative * np.maximum(1.0, np.abs(np.where(np.isfinite(loss), loss, 0.0))))
     upstream = np.abs(options.get("weights", np.ones(len(loss)))) * (1 + options.get("fastemit_lambda", 0.0))
     for name, expected in zip(PARTS, exact, strict=True):
@@ -93,7 +93,7 @@ def expect_same(got: tuple[Any, Any], of: Inputs, mask: Array | None = None, **o
         # An entry is a sum over the cells that paths use, T + U of them, of their gradient times a factor.
         factor = {"encoder": np.abs(weight).max(), "predictor": np.abs(weight).max(), "weight": hidden, "bias": 1.0}[name]
         used = steps * (upstream.sum() if name in ("weight", "bias") else upstream.max())
-        expect_close(actual, expected, 2 * relative * used * factor * (1.0 if mask is None else mask.max()))
+        expect_close(actual, expected, relative * used * factor * (1.0 if mask is None else mask.max()))
 
 
 def random_problem(rng: np.random.Generator, dtype: str, topology: str, hat: bool) -> tuple[Inputs, int]:
@@ -141,13 +141,22 @@ def test_every_number_of_features(activation: str, H: int) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @every_dtype
-def test_features_of_every_size(dtype: str, activation: str) -> None:
-    # From where an activation is linear to where it has long been flat.
+def test_activations_and_their_slopes(dtype: str, activation: str) -> None:
+    # One cell, so that each feature shows the value of its activation in dW and the slope in dE.
     rng = np.random.default_rng(0)
-    of = inputs(rng, [12, 9], [4, 3], 5, 24, dtype, scale=0.05)
-    of.encoder *= np.logspace(-3, 3.5, 24).astype(of.encoder.dtype)
-    of.weight /= np.logspace(-1, 3, 24).astype(of.weight.dtype)
-    expect_same(tl.joint_rnnt_loss(*of.all, activation=activation, occupancy_floor=0.0), of, activation=activation)
+    H = 2000
+    of = inputs(rng, [1], [0], 2, H, dtype)
+    of.encoder[0, 0] = np.concatenate([np.linspace(-30, 30, H // 2), *(s * np.logspace(-6, 2, H // 4) for s in (-1, 1))])
+    of.predictor[...] = 0
+    of.weight /= np.asarray(1000, of.weight.dtype)
+    got = tl.joint_rnnt_loss(*of.all, activation=activation)[1]
+    _, (by_encoder, _, by_weight, by_bias) = reference.joint_rnnt_loss(*of.all, activation=activation)
+    # A few units of the slope and what rounding z changes in it; of the value, or of z or 1 where terms of it cancel.
+    z = np.abs(of.encoder[0, 0].astype(np.float64))
+    unit = 16 * epsilon("float64" if dtype == "float64" else "float32")
+    expect_close(got.encoder[0, 0], by_encoder[0, 0], unit * (1 + z) * (np.abs(by_bias) @ np.abs(of.weight.astype(np.float64))))
+    hidden = np.maximum(np.abs(by_weight[1] / by_bias[1]), np.minimum(z, 1))
+    expect_close(got.weight, by_weight, unit * hidden * np.abs(by_bias)[:, None])
 
 
 def philox_mask(B: int, T: int, U1: int, H: int, probability: float, seed: int) -> Array:
@@ -158,7 +167,8 @@ def philox_mask(B: int, T: int, U1: int, H: int, probability: float, seed: int) 
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1), p0 & low
+        c0, c2 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & low, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     words = np.stack([c0, c1, c2, c3], -1)
     bits = np.take_along_axis(words, (h % 4).astype(np.int64)[..., None], -1)[..., 0]
@@ -247,7 +257,7 @@ def test_strides_of_the_inputs(dtype: str, how: str) -> None:
     expect_close(loss, expected.astype(np.float64), noise * np.abs(expected))
     for name in PARTS:
         exact = getattr(grads, name).astype(np.float64)
-        expect_close(getattr(got, name), exact, noise * np.abs(exact).max())
+        expect_close(getattr(got, name), exact, noise * np.abs(exact).max() + rounding(dtype, exact))
 
 
 def test_broadcast_inputs() -> None:
@@ -263,7 +273,7 @@ def test_error_is_at_most_that_of_a_naive_run_in_the_same_type(dtype: str, topol
     of = inputs(np.random.default_rng(7), [40, 25], [10, 6], 20, 16, dtype)
     exact = reference.joint_rnnt_loss(*of.all, topology=topology)[1]
     batch = Batch(np.zeros(0), of.targets[:, :10], of.frames, of.labels, 0)
-    encoder, predictor = np.nan_to_num(of.encoder), np.nan_to_num(of.predictor)
+    encoder, predictor = (np.where(np.isnan(x), x.dtype.type(0), x) for x in (of.encoder, of.predictor))
     hidden = np.tanh(encoder[:, :, None] + predictor[:, None])
     batch.logits = (hidden @ of.weight.T).astype(hidden.dtype) + of.bias
     grad = naive_gradient(batch, topology)
@@ -352,18 +362,18 @@ def test_any_workspace_gives_the_same_result(dtype: str, floor: float) -> None:
     with pytest.raises(ValueError, match=f"expected at least {smallest} bytes .* got {smallest - 1}$"):
         tl.joint_rnnt_loss(*of.all, workspace=smallest - 1)
     seen = set()
-    for workspace in (smallest, 2 * smallest, 4 * smallest, 8 * smallest):
+    for workspace in (smallest << n for n in range(7)):
         plan = planned(of, workspace)
-        seen |= {("strips", plan.strips), ("tile", plan.tile), ("groups", len(plan.groups)), *(("kept", k) for k in plan.retained)}
+        seen |= {("strips", plan.strips), ("tile", plan.tile), *(("kept", kept) for kept in plan.retained)}
         loss, grads = tl.joint_rnnt_loss(*of.all, workspace=workspace, occupancy_floor=floor)
-        kind = "float64" if dtype == "float64" else "float32"
-        expect_close(loss, whole[0].astype(np.float64), 64 * epsilon(kind) * whole[0])
+        unit = 64 * epsilon("float64" if dtype == "float64" else "float32")
+        expect_close(loss, whole[0].astype(np.float64), unit * whole[0])
         for name in PARTS:
             exact = getattr(whole[1], name).astype(np.float64)
-            expect_close(getattr(grads, name), exact, 64 * epsilon(kind) * np.abs(exact).max())
+            # Both are rounded.
+            expect_close(getattr(grads, name), exact, unit * np.abs(exact).max() + rounding(dtype, exact))
         assert grads.dropped == pytest.approx(whole[1].dropped, abs=2e-3)
-    assert {("strips", 1), ("strips", 8), ("tile", 8), ("kept", True), ("kept", False)} <= seen
-    assert planned(of, smallest).retained[0] is False
+    assert {("strips", 1), ("strips", 2), ("strips", 4), ("strips", 8), ("tile", 8), ("kept", True), ("kept", False)} <= seen
 
 
 @pytest.mark.parametrize("workspace", ["2MB", "2 MiB", " 2000KB ", "0.5GiB", 2**21, np.int64(2**21), "2097152", "2097152 b"])

@@ -65,8 +65,8 @@ def workspace_bytes(workspace: int | str | None, default: int) -> int:
 
 
 def problem(
-    encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
-    activation: str = "tanh", dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
+    encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
+    *, activation: str = "tanh", dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
     occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None,
     **options: Any,
 ) -> Problem:  # fmt: skip

@@ -41,7 +41,7 @@ class Saved:
 
 
 def problem(
-    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, *, validate: bool = False,
+    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, /, *, validate: bool = False,
     threads: int | None = None, allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `rnnt_loss`."""
