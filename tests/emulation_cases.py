@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 import transducer_loss as tl
+from emulation import Driver, Emulated, EmulatedAsOnCuda, Plain, PlainAsOnCuda, running_on
 from transducer_loss import joint_loss, lattice, logits_loss, softmax
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.cells import Cells
 from transducer_loss.joint import ACTIVATIONS
+from transducer_loss.processors import Host
+from transducer_loss.tiling import Plan, plan
 
 Array = np.ndarray[Any, Any]
+P = TypeVar("P", bound=Host)
 
 # Share of the largest number in an array: sums run in another order, and half types round to the other side.
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -35,6 +40,24 @@ class Case:
     """Attributes that differ from the host processor's."""
     rounding: str = "float32"
     """The coarsest type that anything is rounded to on the way."""
+
+    def plain(self) -> Plain:
+        """The host processor that the case is for."""
+        return self._with_attributes(PlainAsOnCuda() if self.cuda else Plain())
+
+    def emulated(self, driver: Driver) -> Emulated:
+        """The same with blocks of threads."""
+        return self._with_attributes((EmulatedAsOnCuda if self.cuda else Emulated)(driver, self.block))
+
+    def _with_attributes(self, processor: P) -> P:
+        for name, value in self.processor.items():
+            setattr(processor, name, value)
+        return processor
+
+    def on(self, processor: Host) -> list[Array]:
+        """What the call returns on a processor."""
+        with running_on(processor):
+            return [array.copy() for array in arrays_of(self.run())]
 
 
 def frozen(array: Array) -> Array:
@@ -136,13 +159,26 @@ def inplace(name: str, **shape: Any) -> Case:
 
 def joint_case(
     name: str, *, block: int = 64, cuda: bool = False, call: Callable[..., Any] = tl.joint_rnnt_loss,
-    processor: dict[str, Any] | None = None, options: dict[str, Any] | None = None, **shape: Any,
+    processor: dict[str, Any] | None = None, planned: Callable[[Plan], bool] | None = None,
+    options: dict[str, Any] | None = None, **shape: Any,
 ) -> Case:  # fmt: skip
-    """A loss fused with the joint; the occupancy floor is one that drops some cells."""
+    """A loss fused with the joint, with the least workspace whose plan is as wanted."""
     arguments = joint_problem(**shape)
-    given = options or {}
+    given = dict(options or {})
     dtype = shape.get("dtype", "float32")
-    return Case(name, lambda: call(*arguments, **given), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
+    case = Case(name, lambda: call(*arguments, **given), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
+    if planned is not None:
+        given["workspace"] = _least_workspace(planned, arguments, case.plain())
+    return case
+
+
+def _least_workspace(planned: Callable[[Plan], bool], arguments: tuple[Any, ...], processor: Plain) -> int:
+    with running_on(processor):
+        for workspace in range(4_000, 400_000, 500):
+            with contextlib.suppress(ValueError):
+                if planned(plan(_joint(arguments, workspace=workspace))):
+                    return workspace
+    raise LookupError("no workspace has such a plan")
 
 
 def damaged(name: str, value: float) -> Case:
@@ -244,8 +280,8 @@ def _cases() -> list[Case]:
         *(joint_case(f"joint-{dtype}", dtype=dtype) for dtype in FLOATS),
         *(joint_case(f"joint-{dtype}-as-on-cuda", dtype=dtype, cuda=True, options={"weights": [3.0, 1.0, 0.0, -1.0]})
           for dtype in FLOATS),
-        joint_case("joint-float16-made-again-as-on-cuda", dtype="float16", cuda=True, processor={"tile_bytes": 1},
-                   options={"workspace": 8_000, "dropout": 0.2}),
+        joint_case("joint-float16-made-again-as-on-cuda", dtype="float16", cuda=True, processor=strips,
+                   planned=lambda plan: not any(plan.retained), options={"dropout": 0.2}),
         *(joint_case(f"joint-block-{block}", block=block, processor=strips, options=every) for block in (32, 128)),
         joint_case("joint-block-1024", block=1024, features=5, **tiniest),
         *(joint_case(f"joint-{activation}", frames=[2, 1], lengths=[1, 2], dtype=dtype,
@@ -257,10 +293,11 @@ def _cases() -> list[Case]:
           for topology in topologies),
         joint_case("joint-strips", processor=strips, **long),
         joint_case("joint-strips-every-cell", processor=strips, options={"occupancy_floor": 0.0, "dropout": 0.1}, **long),
-        joint_case("joint-strips-made-again", processor=strips, options={"workspace": 30_000, "occupancy_floor": 0.02}, **thin),
-        joint_case("joint-groups", processor=strips, options={"workspace": 23_000}, **thin),
-        joint_case("joint-groups-made-again", processor=strips, options={"workspace": 15_500}, **thin),
-        joint_case("joint-one-strip-made-again", processor=strips, options={"workspace": 8_000}, **thin),
+        joint_case("joint-strips-made-again", processor=strips, options={"occupancy_floor": 0.02},
+                   planned=lambda plan: plan.strips > 1 and not any(plan.retained), **thin),
+        joint_case("joint-groups", processor=strips, planned=lambda plan: len(plan.groups) > 1 and all(plan.retained), **thin),
+        joint_case("joint-groups-made-again", processor=strips,
+                   planned=lambda plan: len(plan.groups) > 1 and not any(plan.retained), **thin),
         joint_case("joint-wide", block=32, classes=5, features=3, options={"occupancy_floor": 1e-4}, **wide),
         joint_case("joint-many-rows", block=32, classes=5, features=3, frames=[40, 33], lengths=[1, 0]),
         joint_case("joint-later", call=later, options={"weights": [1.0, 0.0, -2.0, 0.5]}),

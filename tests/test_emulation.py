@@ -6,7 +6,6 @@ The results are compared with those of the same kernels as the host runs them. W
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,35 +15,18 @@ from emulation import (
     SANITIZERS,
     Builds,
     Driver,
-    Emulated,
-    EmulatedAsOnCuda,
-    Plain,
-    PlainAsOnCuda,
-    running_on,
 )
-from emulation_cases import CASES, Case, arrays_of, expect_equal, joint_case, logits_case
+from emulation_cases import CASES, Case, expect_equal, joint_case, logits_case
 from transducer_loss import engine, tiling
 from transducer_loss.arrays import FLOATS
 from transducer_loss.joint import ACTIVATIONS
-from transducer_loss.processors import Host, host_library
+from transducer_loss.processors import host_library
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
 
-def on(case: Case, processor: Host) -> list[Any]:
-    for name, value in case.processor.items():
-        setattr(processor, name, value)
-    with running_on(processor):
-        return [array.copy() for array in arrays_of(case.run())]
-
-
-def plain(case: Case) -> Plain:
-    return PlainAsOnCuda() if case.cuda else Plain()
-
-
 def check(case: Case, driver: Driver) -> None:
-    emulated = (EmulatedAsOnCuda if case.cuda else Emulated)(driver, case.block)
-    expect_equal(on(case, emulated), on(case, plain(case)), case.rounding)
+    expect_equal(case.on(case.emulated(driver)), case.on(case.plain()), case.rounding)
 
 
 @pytest.fixture(scope="module", params=SANITIZERS)
@@ -67,25 +49,34 @@ def test_driver_has_every_kernel(driver: Driver) -> None:
 def test_cases_launch_every_kernel() -> None:
     launched = set()
     for case in CASES:
-        processor = plain(case)
-        on(case, processor)
+        processor = case.plain()
+        case.on(processor)
         launched |= processor.launched
     assert launched == set(host_library().index)
 
 
 def test_cases_cut_their_work_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = set()
+    seen: set[tiling.Plan] = set()
 
     def noted(of: tiling.Problem) -> tiling.Plan:
-        made = tiling.plan(of)
-        seen.update((made.strips, kept, len(made.groups) > 1) for kept in made.retained)
-        return made
+        plan = tiling.plan(of)
+        seen.add(plan)
+        return plan
 
     monkeypatch.setattr(engine, "plan", noted)
     for case in CASES:
-        on(case, plain(case))
-    assert {(1, False), (1, True), (4, False), (8, True)} <= {(strips, kept) for strips, kept, _ in seen}
-    assert {kept for _, kept, several in seen if several} == {False, True}
+        case.on(case.plain())
+    for kept in (False, True):
+        plans = [plan for plan in seen if kept in plan.retained]
+        assert {plan.strips > 1 for plan in plans} == {False, True}
+        assert {len(plan.groups) > 1 for plan in plans} == {False, True}
+    assert max(plan.strips for plan in seen) == 8
+
+
+def test_cases_drop_cells() -> None:
+    dropping = next(case for case in CASES if case.name == "joint-regular")
+    _, grads = dropping.run()
+    assert 0 < grads.dropped < 1
 
 
 @st.composite

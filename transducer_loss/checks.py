@@ -102,12 +102,14 @@ def expect_shape(array: Any, name: str, dims: str, shape: tuple[int, ...]) -> No
 
 
 def _integers(value: Any, name: str) -> Any:
-    try:
-        array = np.asarray(value) if isinstance(value, (list, tuple, int)) else as_array(value, name)
-    except ValueError:
-        raise ValueError(f"{name}: expected integers, in rows of one length, got {value}") from None
-    if array.size == 0 and isinstance(value, (list, tuple)):
-        array = array.astype(np.int64)
+    if isinstance(value, (list, tuple, int)):
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise ValueError(f"{name}: expected integers, in rows of one length, got {value}") from None
+        array = array if array.size else array.astype(np.int64)
+    else:
+        array = as_array(value, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype.name}")
     return array
@@ -175,10 +177,13 @@ def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
     """Utterance weights (B,), dense, of the compute dtype, on the processor; or None."""
     if value is None:
         return None
-    try:
-        array = np.asarray(value, dtype) if isinstance(value, (list, tuple)) else as_array(value, "weights")
-    except (TypeError, ValueError):
-        raise ValueError(f"weights: expected numbers, got {value}") from None
+    if isinstance(value, (list, tuple)):
+        try:
+            array = np.asarray(value, dtype)
+        except (TypeError, ValueError):
+            raise ValueError(f"weights: expected numbers, got {value}") from None
+    else:
+        array = as_array(value, "weights")
     expect_shape(array, "weights", "(B,)", (batch,))
     if array.dtype.name not in FLOATS:
         raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
