@@ -116,7 +116,7 @@ public:
 
     void run(int threads, long long items, const Body& body) {
         if (threads < WARP || threads > MOST_THREADS || threads % WARP != 0) {
-            std::fprintf(stderr, "block of %d threads: expected whole warps of %d, up to %d threads\n", threads, WARP, MOST_THREADS);
+            std::fprintf(stderr, "block of %d threads: expected whole warps of %d, at most %d\n", threads, WARP, MOST_THREADS);
             fail();
         }
         resize(threads);
@@ -125,7 +125,7 @@ public:
         start(&body, items);
         // Blocks that pass barriers are alive, however slow the machine.
         const char* const asked = std::getenv("EMULATOR_PATIENCE");
-        const std::chrono::duration<double> patience(asked ? std::atof(asked) : 20.0);
+        const std::chrono::duration<double> patience(asked ? std::atof(asked) : 10.0);
         for (unsigned int seen = barrier_.rounds(); !finished_.wait_for(lock, patience, [&] { return working_ == 0; });) {
             if (barrier_.rounds() == seen) hung(patience.count());
             seen = barrier_.rounds();

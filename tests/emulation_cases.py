@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -164,11 +165,14 @@ def joint_case(
 ) -> Case:  # fmt: skip
     """A loss fused with the joint, with the least workspace whose plan is as wanted."""
     arguments = joint_problem(**shape)
-    given = dict(options or {})
     dtype = shape.get("dtype", "float32")
-    case = Case(name, lambda: call(*arguments, **given), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
-    if planned is not None:
-        given["workspace"] = _least_workspace(planned, arguments, case.plain())
+
+    @functools.cache
+    def given() -> dict[str, Any]:
+        bound = {} if planned is None else {"workspace": _least_workspace(planned, arguments, case.plain())}
+        return {**(options or {}), **bound}
+
+    case = Case(name, lambda: call(*arguments, **given()), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
     return case
 
 

@@ -69,7 +69,7 @@ def test_cases_cut_their_work_in_every_way(monkeypatch: pytest.MonkeyPatch) -> N
     for kept in (False, True):
         plans = [plan for plan in seen if kept in plan.retained]
         assert {plan.strips > 1 for plan in plans} == {False, True}
-        assert {len(plan.groups) > 1 for plan in plans} == {False, True}
+        assert any(len(plan.groups) > 1 for plan in plans)
     assert max(plan.strips for plan in seen) == 8
 
 
@@ -119,7 +119,8 @@ def test_fuzz(driver: Driver, case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @given(case=cases())
-@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 def test_fuzz_for_long(driver: Driver, case: Case) -> None:
     check(case, driver)

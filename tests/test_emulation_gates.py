@@ -56,7 +56,7 @@ DEFECTS = [
     ),
     Defect(
         "index-one-too-far", "address", "compact.cu",
-        "positions[first_cell + of.width] =", "positions[first_cell + of.width + 1] =", "AddressSanitizer: heap-buffer-overflow",
+        "positions[first_cell + of.width] =", "positions[first_cell + of.width + 1] =", "heap-buffer-overflow",
     ),
     Defect(
         "index-one-too-low", "address", "compact.cu",
@@ -99,7 +99,7 @@ DEFECTS = [
     ),
     Defect(
         "shared-memory-unwritten", "address", "compact.cu",
-        SCANNED, f"    if (value != 0)\n    {SCANNED}", "AddressSanitizer: heap-buffer-overflow",
+        SCANNED, f"    if (value != 0)\n    {SCANNED}", DIFFERENT,
     ),
     Defect(
         "block-ends-with-its-first-item", "address", "softmax.cu",
@@ -129,7 +129,7 @@ def with_defect(defect: Defect, folder: Path) -> Path:
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
     program = builds.start(defect.sanitizer, with_defect(defect, tmp_path))()
-    driver = Driver(program, {"EMULATOR_PATIENCE": "1"})
+    driver = Driver(program, {"EMULATOR_PATIENCE": "1"} if "hang" in defect.seen else None)
     assert driver.index
     case = case_of(defect.case)
     expected = case.on(case.plain())
@@ -142,7 +142,7 @@ def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     """One file of the kernels as it is."""
-    untouched = Defect("none", "address", "compact.cu", SCAN, SCAN, "")
+    untouched = Defect("none", "address", "compact.cu", SCANNED, SCANNED, "")
     return Emulated(Driver(builds.start("address", with_defect(untouched, tmp_path_factory.mktemp("kernels")))()), 64)
 
 
@@ -179,5 +179,3 @@ def test_write_to_an_input_is_seen(compact: Emulated) -> None:
 def test_block_that_is_no_whole_warp_is_seen(compact: Emulated) -> None:
     with pytest.raises(KernelFault, match="expected whole warps"):
         Emulated(compact.driver, 33).launch("compact_scan", 1, 5, 4, np.arange(5))
-
-

@@ -60,13 +60,13 @@ def test_packed_logits_beyond_two_to_the_31() -> None:
     first, second = T * (U + 1), T2 * (U2 + 1)
     assert first * V > 2**31
     logits = np.zeros((first + second, V), np.float16)
-    logits[first:, 0] = 5.0
+    logits[first:, 0] = -2.0
     targets = np.zeros((2, U), np.int64)
     targets[0], targets[1] = 7, V - 1
     loss, grad = tl.rnnt_loss(logits, targets, [T, T2], [U, U2], inplace=True)
     assert grad is logits
     expect_closed_form(loss[0], grad[:first].reshape(T, U + 1, V), T, U, V, 0.0, 7)
-    expect_closed_form(loss[1], grad[first:].reshape(T2, U2 + 1, V), T2, U2, V, 5.0, V - 1)
+    expect_closed_form(loss[1], grad[first:].reshape(T2, U2 + 1, V), T2, U2, V, -2.0, V - 1)
 
 
 def test_padded_logits_beyond_two_to_the_31() -> None:
@@ -74,13 +74,13 @@ def test_padded_logits_beyond_two_to_the_31() -> None:
     T2, U2 = 700, 20
     logits = np.zeros((2, T, U + 1, V), np.float16)
     assert logits[0].size > 2**31
-    logits[1, :T2, : U2 + 1, 0] = 5.0
+    logits[1, :T2, : U2 + 1, 0] = -2.0
     logits[1, T2:, :, 3] = np.nan
     targets = np.full((2, U), 7)
     targets[1, :U2], targets[1, U2:] = V - 1, -1
     loss, grad = tl.rnnt_loss(logits, targets, [T, T2], [U, U2], inplace=True)
     expect_closed_form(loss[0], grad[0], T, U, V, 0.0, 7)
-    expect_closed_form(loss[1], grad[1, :T2, : U2 + 1], T2, U2, V, 5.0, V - 1)
+    expect_closed_form(loss[1], grad[1, :T2, : U2 + 1], T2, U2, V, -2.0, V - 1)
     assert not grad[1, T2:].any()
     assert not grad[1, :, U2 + 1 :].any()
 

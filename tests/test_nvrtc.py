@@ -25,7 +25,7 @@ def test_compiles_without_spills(file: str, architecture: int) -> None:
 def test_sources_include_nothing() -> None:
     # CuPy's cache of compiled kernels knows the source alone, so headers must be in it.
     for file in FILES:
-        assert ".cuh\"" not in source_of(file)
+        assert '.cuh"' not in source_of(file)
 
 
 FINE = """
@@ -56,7 +56,7 @@ def test_array_that_registers_cannot_hold_is_seen() -> None:
 @pytest.mark.parametrize(
     ("defect", "message"),
     [
-        ("x[0] = 1.0f", "expected a \";\""),
+        ("x[0] = 1.0f", 'expected a ";"'),
         ("x[0] = __builtin_logf(x[1]);", "undefined"),
         ("#include <cmath>\n", "could not open source file"),
         ("x[0] = std::sqrt(x[1]);", "std"),
