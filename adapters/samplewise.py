@@ -182,7 +182,7 @@ class _Run:
             else:
                 if share is not None:
                     scale = self.of.scale(begin, end)
-                    self.add_gradients(begin, end, loss, leaves, torch.full_like(loss, scale), share / scale)
+                    self.add_gradients(begin, loss, leaves, torch.full_like(loss, scale), share / scale)
                 losses.append(loss.detach())
                 done.append((begin, end))
             del loss, leaves  # and so the pack's graph, before there is the next one's
@@ -191,14 +191,10 @@ class _Run:
     def backward(self, packs: Sequence[tuple[int, int]], weights: Tensor) -> None:
         """Add the gradients of ``sum_b weights_b loss_b``."""
         for begin, end in packs:
-            loss, leaves = self.pack(begin, end)
-            self.add_gradients(begin, end, loss, leaves, weights[begin:end], 1.0)
-            del loss, leaves
+            self.add_gradients(begin, *self.pack(begin, end), weights[begin:end], 1.0)
 
-    def add_gradients(
-        self, begin: int, end: int, loss: Tensor, leaves: Sequence[Tensor], weights: Tensor, factor: float
-    ) -> None:
-        """Add those of ``factor * sum_b weights_b loss_b`` of a pack, whose graph they use up."""
+    def add_gradients(self, begin: int, loss: Tensor, leaves: Sequence[Tensor], weights: Tensor, factor: float) -> None:
+        """Add those of ``factor * sum_b weights_b loss_b`` of the pack from utterance `begin` on, whose graph they use up."""
         if not loss.requires_grad or not self.needed:
             return
         with torch.autocast(self.of.autocast["device_type"], enabled=False):
@@ -208,17 +204,16 @@ class _Run:
         for i, gradient in zip(self.needed, gradients, strict=True):
             if gradient is not None:
                 part = gradient.to(_sum_dtype(gradient)).mul(factor).masked_fill_(lost, 0)
-                self._add(i, part, begin, self.of.frames if i == 0 else self.of.labels + 1)
+                self._add(i, part, begin)
 
-    def _add(self, i: int, part: Tensor, begin: int, counts: Ints) -> None:
+    def _add(self, i: int, part: Tensor, begin: int) -> None:
         total = self.sums[i]
         if i > 1:
             self.sums[i] = part if total is None else total.add_(part)
             return
         if total is None:
             total = self.sums[i] = torch.zeros(self.inputs[i].shape, dtype=part.dtype, device=part.device)
-        for b, rows in enumerate(part, begin):
-            total[b, : counts[b]] = rows[: counts[b]]
+        total[begin : begin + len(part), : part.shape[1]] = part  # the logits' gradient, and so this, is 0 in the padding
 
 
 def _reported(loss: Tensor, infeasible: str, reduction: str) -> Tensor:

@@ -62,7 +62,7 @@ class _JointLoss(torch.autograd.Function):
         natives = ctx.saved_tensors
         if ctx.later:
             with caller(natives[0]):
-                weights = logits_loss.weights_of(ctx.of, upstream.contiguous())
+                weights = logits_loss.weights_of(ctx.of, upstream)
                 natives, upstream = joint_loss.backward(ctx.of, ctx.done, weights).native, torch.ones_like(upstream[0])
         gradients = [
             (native * upstream).to(ctx.dtype) if native is not None and needed else None

@@ -114,7 +114,7 @@ class LogitsLoss(torch.autograd.Function):
         logits = ctx.saved_tensors[0]
         with caller(logits):
             of = dataclasses.replace(ctx.of, logits=as_array(logits.detach(), "logits"))
-            weights = logits_loss.weights_of(of, upstream.contiguous())
+            weights = logits_loss.weights_of(of, upstream)
             gradient = logits_loss.backward(of, ctx.saved, weights, ctx.inplace)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # a second backward raises, as the logits are gone

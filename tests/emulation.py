@@ -114,7 +114,8 @@ class Driver:
 
     def _begin(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._errors.truncate(0)
+            self._errors.seek(0)
+            self._errors.truncate()
             self._process = subprocess.Popen(
                 [*_fixed_addresses(), str(self.program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=self._errors, env=self.environment,
@@ -137,6 +138,7 @@ class Driver:
             self._process.kill()
             self._process.communicate()
             self._process = None
+        self._errors.close()
 
     def run(
         self, name: str, blocks: int, threads: int, arrays: list[tuple[int, bytes]], arguments: list[tuple[int, int]]

@@ -4,6 +4,7 @@ The results are compared with those of the same kernels as the host runs them. W
 `test_emulation_gates.py`.
 """
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -32,9 +33,8 @@ def check(case: Case, driver: Driver) -> None:
 @pytest.fixture(scope="module", params=SANITIZERS)
 def driver(request: pytest.FixtureRequest, builds: Builds) -> Iterator[Driver]:
     begun = {sanitizer: builds.start(sanitizer) for sanitizer in SANITIZERS}
-    process = Driver(begun[request.param]())
-    yield process
-    process.close()
+    with contextlib.closing(Driver(begun[request.param]())) as process:
+        yield process
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

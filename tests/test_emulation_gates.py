@@ -1,9 +1,11 @@
 """The defects that `test_emulation.py` is there to see: each is planted into a copy of the kernels, and seen."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,21 +131,21 @@ def with_defect(defect: Defect, folder: Path) -> Path:
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
     program = builds.start(defect.sanitizer, with_defect(defect, tmp_path))()
-    driver = Driver(program, {"EMULATOR_PATIENCE": "1"} if "hang" in defect.seen else None)
-    assert driver.index
     case = case_of(defect.case)
     expected = case.on(case.plain())
-    with pytest.raises(AssertionError) as fault:
+    patience = {"EMULATOR_PATIENCE": "1"} if "hang" in defect.seen else None
+    with contextlib.closing(Driver(program, patience)) as driver, pytest.raises(AssertionError) as fault:
         expect_equal(case.on(case.emulated(driver)), expected, case.rounding)
-    driver.close()
     assert re.search(defect.seen, str(fault.value))
 
 
 @pytest.fixture(scope="module")
-def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     """One file of the kernels as it is."""
     untouched = Defect("none", "address", "compact.cu", SCANNED, SCANNED, "")
-    return Emulated(Driver(builds.start("address", with_defect(untouched, tmp_path_factory.mktemp("kernels")))()), 64)
+    kernels = with_defect(untouched, tmp_path_factory.mktemp("kernels"))
+    with contextlib.closing(Driver(builds.start("address", kernels)())) as driver:
+        yield Emulated(driver, 64)
 
 
 def test_launch_without_defect(compact: Emulated) -> None:
