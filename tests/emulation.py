@@ -55,6 +55,7 @@ class Builds:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.compiler = os.environ.get("CXX", "g++")
+        self._begun: dict[Path, Callable[[], Path]] = {}
 
     def start(self, sanitizer: str, kernels: Path = KERNELS) -> Callable[[], Path]:
         """Begin to compile; call the result to wait for the program."""
@@ -65,6 +66,8 @@ class Builds:
         for file in [driver, *sources(kernels)]:
             digest.update(file.name.encode() + file.read_bytes())
         program = self.folder / f"{sanitizer}-{digest.hexdigest()[:20]}"
+        if program in self._begun:
+            return self._begun[program]
         if program.exists():
             os.utime(program)
             return lambda: program
@@ -82,7 +85,8 @@ class Builds:
                 part.replace(program)
             return program
 
-        return functools.cache(finish)
+        self._begun[program] = functools.cache(finish)
+        return self._begun[program]
 
     def _forget(self) -> None:
         week = time.time() - 7 * 24 * 3600

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.checks import TOPOLOGIES
+from transducer_loss.processors import aligned_empty
 
 Array = npt.NDArray[Any]
 
@@ -194,6 +196,25 @@ def laid_out(array: Array, layout: str) -> tuple[Array, Array]:
     assert view.shape == array.shape
     view[...] = array
     return base, view
+
+
+class Counting:
+    """An allocator that knows how many bytes of its arrays are alive, and were at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Allocate."""
+        array = aligned_empty(shape, dtype)
+        self.now += array.nbytes
+        self.most = max(self.most, self.now)
+        # Slices of the array keep its base alive, not the array.
+        weakref.finalize(array.base, self._freed, array.nbytes)
+        return array
+
+    def _freed(self, count: int) -> None:
+        self.now -= count
 
 
 def error(actual: Array, exact: Array) -> float:

@@ -246,9 +246,19 @@ def strided(array: Array, how: str) -> Array:
 
 @pytest.mark.parametrize("how", ["features apart", "reversed", "columns first", "inside"])
 @every_dtype
-def test_strides_of_the_inputs(dtype: str, how: str) -> None:
+def test_strides_of_the_inputs(dtype: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = inputs(np.random.default_rng(5), [7, 4], [3, 2], 6, 10, dtype)
     expected, grads = tl.joint_rnnt_loss(*of.all)
+    gemm = processors.Host.gemm
+
+    def checked(self: Any, a: Array, b: Array, out: Array, *options: Any) -> None:
+        # Otherwise NumPy copies the matrix for every product, beyond the workspace.
+        for matrix in (a, b, out):
+            assert matrix.itemsize in matrix.strides or 1 in matrix.shape
+            assert min(matrix.strides) > 0
+        gemm(self, a, b, out, *options)
+
+    monkeypatch.setattr(processors.Host, "gemm", checked)
     views = [strided(getattr(of, name), how) for name in PARTS]
     assert any(view.strides != getattr(of, name).strides for view, name in zip(views, PARTS, strict=True))
     loss, got = tl.joint_rnnt_loss(*views, *of.all[4:])
@@ -555,6 +565,29 @@ def test_a_forked_child_can_go_on() -> None:
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
     """
     assert run_python(program, OMP_NUM_THREADS="4") == 0
+
+
+def test_a_child_of_a_fork_in_the_middle_of_a_call_can_go_on() -> None:
+    program = """
+        import json, os, signal
+        import numpy as np
+        import transducer_loss as tl
+        from transducer_loss import processors
+
+        rng = np.random.default_rng(0)
+        arrays = [rng.normal(size=size) for size in ((1, 6, 4), (1, 3, 4), (5, 4), (5,))]
+        arguments = *arrays, [[1, 2]], [6], [2]
+        loss, _ = tl.joint_rnnt_loss(*arguments)
+        lock = processors._one_blas_thread._lock
+        lock.acquire()  # as another thread may have done, which the child does not have
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(0 if tl.joint_rnnt_loss(*arguments)[0] == loss else 3)
+        lock.release()
+        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+    """
+    assert run_python(program) == 0
 
 
 @pytest.mark.parametrize(("dtype", "workspace"), [("float32", 32), ("float32", 8), ("float64", 64)])

@@ -13,6 +13,7 @@ from helpers import (
     LAYOUTS,
     TOPOLOGIES,
     Batch,
+    Counting,
     epsilon,
     error,
     expect_close,
@@ -23,7 +24,7 @@ from helpers import (
     random_batch,
     run_python,
 )
-from transducer_loss import reference
+from transducer_loss import logits_loss, reference
 from transducer_loss.arrays import COMPUTE
 
 VARIANTS: dict[str, Callable[[np.random.Generator, int], dict[str, Any]]] = {
@@ -198,6 +199,54 @@ def test_inplace(dtype: str, layout: str) -> None:
         np.testing.assert_array_equal(loss_too, loss)
         np.testing.assert_array_equal(over, grad)
         assert (base[~inside] == 7).all()
+
+
+PACKED_VIEWS = {
+    "every other cell": lambda n, v: (np.full((2 * n, v), 7.0), lambda base: base[::2]),
+    "classes apart": lambda n, v: (np.full((n, 2 * v), 7.0), lambda base: base[:, ::2]),
+    "reversed": lambda n, v: (np.full((n, v), 7.0), lambda base: base[::-1, ::-1]),
+    "classes first": lambda n, v: (np.full((v, n), 7.0), lambda base: base.T),
+    "inside": lambda n, v: (np.full((n + 2, v + 3), 7.0), lambda base: base[1:-1, 2:-1]),
+}
+
+
+@pytest.mark.parametrize("view", PACKED_VIEWS)
+@every_dtype
+def test_strides_of_packed_logits(dtype: str, view: str) -> None:
+    rng = np.random.default_rng(11)
+    batch = random_batch(rng, dtype)
+    packed = batch.logits[batch.real]
+    base, select = PACKED_VIEWS[view](*packed.shape)
+    base = base.astype(packed.dtype)
+    logits = select(base)
+    logits[...] = packed
+    expected, grad = tl.rnnt_loss(packed, *batch.arguments[1:], blank=batch.blank)
+    for inplace in (False, True):
+        loss, got = tl.rnnt_loss(logits, *batch.arguments[1:], blank=batch.blank, inplace=inplace)
+        np.testing.assert_array_equal(loss, expected)
+        np.testing.assert_array_equal(got, grad)
+    assert got is logits
+    select(base)[...] = 7
+    assert (base == 7).all()
+
+
+@every_dtype
+def test_temporary_memory(dtype: str) -> None:
+    counting = Counting()
+    shape = (2, 30, 9, 5)
+    logits = np.zeros(shape, numpy_dtype(dtype))
+    of = logits_loss.problem(
+        logits, np.ones((2, 8), int), [30, 20], [8, 8], allocate=counting, blank=0, topology="regular", normalized=False,
+        fastemit_lambda=0.0, delay_penalty=0.0, hat=False, infeasible="inf",
+    )  # fmt: skip
+    loss, reported, saved = logits_loss.forward(of)
+    grad = logits_loss.backward(of, saved, None, False)
+    assert np.isfinite(loss).all()
+    # As documented; and the loss, twice: as it is and as it is reported.
+    cells, size = 50 * 9, 8 if dtype == "float64" else 4
+    assert counting.most - grad.nbytes <= cells * 9 * size + 4 * size
+    del loss, reported, saved, grad
+    assert counting.now == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

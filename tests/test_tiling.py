@@ -2,7 +2,6 @@
 
 import math
 import re
-import weakref
 from typing import Any
 
 import numpy as np
@@ -10,29 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import numpy_dtype
-from transducer_loss import joint_loss, tiling
-from transducer_loss.processors import aligned_empty
+from helpers import Counting, numpy_dtype
+from transducer_loss import joint_loss, joint_rnnt_loss, tiling
 
 Shape = dict[str, Any]
-
-
-class Counting:
-    """An allocator that knows how many bytes of its arrays are alive, and were at most."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def __call__(self, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-        array = aligned_empty(shape, dtype)
-        self.now += array.nbytes
-        self.most = max(self.most, self.now)
-        # Slices of the array keep its base alive, not the array.
-        weakref.finalize(array.base, self._freed, array.nbytes)
-        return array
-
-    def _freed(self, count: int) -> None:
-        self.now -= count
 
 
 def problem(shape: Shape, workspace: int, seed: int = 0, **options: Any) -> tiling.Problem:
@@ -131,3 +111,17 @@ def test_a_batch_is_cut_into_groups() -> None:
     assert len(set(plans[1].retained)) == 2
     assert plans[2].groups == ((0, 6),)
     assert plans[2].retained == (True,)
+
+
+def test_copies_of_the_inputs_count() -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=size) for size in ((2, 9, 8), (2, 4, 8), (20, 8), (20,))]
+    others = rng.integers(0, 20, (2, 3)), [9, 7], [3, 2]
+    smallest = []
+    for copies in ((), (0,), (1,), (2,), (3,), (0, 1, 2, 3)):
+        inputs = [np.repeat(array, 2, axis=-1)[..., ::2] if i in copies else array for i, array in enumerate(arrays)]
+        with pytest.raises(ValueError, match="workspace: expected at least") as raised:
+            joint_rnnt_loss(*inputs, *others, workspace=1)
+        smallest.append(int(re.findall(r"\d+", str(raised.value))[0]))
+    sizes = [array.nbytes for array in arrays]
+    assert [count - smallest[0] for count in smallest[1:]] == [*sizes, sum(sizes)]
