@@ -270,6 +270,18 @@ def test_logits_that_are_not_finite_spoil_their_utterance_alone(topology: str, o
             np.testing.assert_array_equal(grad_too[[0, 2]], grad[[0, 2]])
 
 
+@every_dtype
+def test_a_delay_penalty_beyond_measure_counts_as_not_finite(dtype: str) -> None:
+    logits = np.zeros((2, 41, 2, 4), numpy_dtype(dtype))
+    # Of the two only the longer utterance has a frame whose penalty is above 10,000: 600 times 20 and 600 times 2.
+    loss, grad = tl.rnnt_loss(logits, [[1], [1]], [41, 5], [1, 1], delay_penalty=600.0)
+    assert np.isnan(loss[0])
+    assert not grad[0].any()
+    expected, exact = reference.rnnt_loss(logits[1:], [[1]], [5], [1], delay_penalty=600.0)
+    np.testing.assert_allclose(loss[1:], expected, rtol=1e-6)
+    expect_close(grad[1:], exact, path_noise(dtype, 6, 1200))
+
+
 def test_no_path_by_probability_zero() -> None:
     logits = np.zeros((2, 3, 2, 4))
     logits[0, :, :, 1] = -np.inf

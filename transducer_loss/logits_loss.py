@@ -169,7 +169,7 @@ def rnnt_loss(
     -------
     loss : (B,) array
         float32, or float64 for float64 logits, not weighted. NaN for an utterance with a NaN or +inf logit, or log-probability,
-        whose gradient is 0; a logit of -inf is a probability of 0.
+        whose gradient is 0 (one that `delay_penalty` raises above 10,000 counts, too); a logit of -inf is a probability of 0.
     grad : array like `logits`, or None
         Of ``sum_b weights_b loss_b``; 0 in the padding.
 
