@@ -21,15 +21,19 @@ CASES = {"small": (8, 200, 40, 500, 256), "large": (4, 300, 60, 2000, 256)}
 REPEATS = 5
 
 
-def median_seconds(work: Callable[[], Any]) -> float:
-    """Median of five runs after one that is not counted."""
-    work()
-    times = []
+def medians(*works: Callable[[], Any]) -> list[float]:
+    """Seconds of each work, the medians of five runs in turns: the clock of a busy machine drifts, for all of them alike.
+
+    Each is run once before each run that counts: a BLAS's threads spin for a while after their work, in the next one's way.
+    """
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for work, seconds in zip(works, times, strict=True):
+            work()
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def three_products(cells: int, classes: int, features: int) -> Callable[[], None]:
@@ -77,17 +81,15 @@ def main() -> None:
     """Run all cases."""
     for name, shape in CASES.items():
         batch, frames, labels, classes, features = shape
-        call = functools.partial(transducer_loss.joint_rnnt_loss, *random_case(*shape))
-        floor = median_seconds(three_products(batch * frames * (labels + 1), classes, features))
-        every_cell = median_seconds(functools.partial(call, occupancy_floor=0.0))
+        call = functools.partial(transducer_loss.joint_rnnt_loss, *random_case(*shape), occupancy_floor=0.0)
+        products, every_cell = medians(three_products(batch * frames * (labels + 1), classes, features), call)
         trained = functools.partial(transducer_loss.joint_rnnt_loss, *trained_case(*shape))
         grads = trained()[1]
+        dropping, keeping = medians(trained, functools.partial(trained, occupancy_floor=0.0))
         print(json.dumps({
-            "case": name, "B T U V H": shape, "three products, s": round(floor, 4), "every cell, s": round(every_cell, 4),
-            "ratio to products": round(every_cell / floor, 3),
-            "trained: default floor against every cell": round(
-                median_seconds(trained) / median_seconds(functools.partial(trained, occupancy_floor=0.0)), 3
-            ),
+            "case": name, "B T U V H": shape, "three products, s": round(products, 4), "every cell, s": round(every_cell, 4),
+            "ratio to products": round(every_cell / products, 3),
+            "trained: default floor against every cell": round(dropping / keeping, 3),
             "trained: dropped": round(grads.dropped if grads else 0.0, 3),
             "machine": platform.machine(), "numpy": np.__version__,
         }))  # fmt: skip

@@ -47,8 +47,8 @@ static thread_local BlockRange blocks_here;
 #define SIMD PRAGMA(omp simd)
 #define SIMD_SUM(name) PRAGMA(omp simd reduction(+ : name))
 #define SIMD_MAX(name) PRAGMA(omp simd reduction(max : name))
-// Columns that one thread works on together: enough on the host to fill its vector registers.
-static constexpr int COLUMNS = 64;
+// Columns that one thread works on together: on the host whole rows of most models, so that memory is read in order.
+static constexpr int COLUMNS = 512;
 #else
 #define SIMD
 #define SIMD_SUM(name)

@@ -11,11 +11,15 @@
 
 enum Distribution { SOFTMAX = 0, NORMALIZED = 1, HAT = 2 };
 
-// x[v] for v = 0 .. V - 1 at any stride; `dense` is known while compiling, so that loops over dense rows vectorise.
-template <bool dense, typename T> struct Row {
+// x[v] for v = 0 .. V - 1 at any stride, and with `biased` the bias that is still to be added to it. Both are known while
+// compiling, so that loops over dense rows vectorise.
+template <bool dense, bool biased, typename T> struct Row {
+    typedef Compute<T> Real;
     T* start;
     long long stride;
+    const Real* bias;
     DEVICE T* at(long long v) const { return dense ? start + v : start + v * stride; }
+    DEVICE Real logit(long long v) const { return biased ? Real(load(at(v))) + bias[v] : Real(load(at(v))); }
 };
 
 // log(1 + exp(x)) without overflow.
@@ -25,14 +29,42 @@ template <typename Real> DEVICE Real softplus(Real x) {
 
 template <typename Real> DEVICE Real sigmoid(Real x) { return Real(1) / (Real(1) + exponential(-x)); }
 
+// This thread's share of the largest of x[begin] .. x[end - 1]. A NaN among them is left to the sum.
+template <typename R> DEVICE typename R::Real highest_in(const R row, long long begin, long long end) {
+    typename R::Real highest = -infinity<typename R::Real>();
+    SIMD_MAX(highest)
+    PARALLEL(i, end - begin) {
+        const typename R::Real x = row.logit(begin + i);
+        highest = x > highest ? x : highest;
+    }
+    return highest;
+}
+
+// This thread's share of the sum of exp(x[v] - highest) over [begin, end); with `keep` they replace the logits.
+template <typename R>
+DEVICE typename R::Real exponentials_in(const R row, long long begin, long long end, typename R::Real highest, bool keep) {
+    typename R::Real sum = 0;
+    if (keep) {
+        SIMD_SUM(sum)
+        PARALLEL(i, end - begin) {
+            const typename R::Real e = exponential(row.logit(begin + i) - highest);
+            sum += e;
+            store(row.at(begin + i), e);
+        }
+    } else {
+        SIMD_SUM(sum)
+        PARALLEL(i, end - begin) sum += exponential(row.logit(begin + i) - highest);
+    }
+    return sum;
+}
+
 // Writes the arcs' log-probabilities of one row. With `keep`, x[v] is overwritten by exp(x[v] - max) (the blank of HAT by
 // its sigmoid) and the normaliser is the factor that makes probabilities of them, so that the gradient needs no second exp.
-template <bool dense, typename T>
-DEVICE void arcs_of_row(const Row<dense, T> row, long long classes, long long blank, long long target, int distribution,
-                        bool keep, Compute<T>* log_blank, Compute<T>* log_label, Compute<T>* normaliser) {
-    typedef Compute<T> Real;
+template <typename R, typename Real>
+DEVICE void arcs_of_row(const R row, long long classes, long long blank, long long target, int distribution, bool keep,
+                        Real* log_blank, Real* log_label, Real* normaliser) {
     const bool has_label = target >= 0;
-    const Real blank_logit = load(row.at(blank)), label_logit = has_label ? load(row.at(target)) : Real(0);
+    const Real blank_logit = row.logit(blank), label_logit = has_label ? row.logit(target) : Real(0);
     if (distribution == NORMALIZED) {
         if (threadIdx.x == 0) {
             *log_blank = blank_logit;
@@ -41,32 +73,13 @@ DEVICE void arcs_of_row(const Row<dense, T> row, long long classes, long long bl
         }
         return;
     }
-    const long long skipped = distribution == HAT ? blank : -1;
-    Real highest = -infinity<Real>();
-    SIMD_MAX(highest)
-    PARALLEL(v, classes) {
-        const Real x = v == skipped ? -infinity<Real>() : Real(load(row.at(v)));
-        highest = x > highest ? x : highest;
-    }
-    highest = block_max(highest);
-    Real sum = 0;
-    if (keep) {
-        SIMD_SUM(sum)
-        PARALLEL(v, classes) {
-            const Real x = load(row.at(v));
-            const Real e = exponential(x - highest);
-            sum += v == skipped ? Real(0) : e;
-            store(row.at(v), v == skipped ? sigmoid(x) : e);
-        }
-    } else {
-        SIMD_SUM(sum)
-        PARALLEL(v, classes) {
-            const Real e = exponential(Real(load(row.at(v))) - highest);
-            sum += v == skipped ? Real(0) : e;
-        }
-    }
-    sum = block_sum(sum);
+    // HAT normalises the classes on either side of the blank.
+    const long long before = distribution == HAT ? blank : 0, after = distribution == HAT ? blank + 1 : 0;
+    const Real highest = block_max(larger(highest_in(row, 0, before), highest_in(row, after, classes)));
+    const Real sum = block_sum(exponentials_in(row, 0, before, highest, keep) +
+                               exponentials_in(row, after, classes, highest, keep));
     if (threadIdx.x == 0) {
+        if (keep && distribution == HAT) store(row.at(blank), sigmoid(blank_logit));
         const Real z = highest + logarithm(sum);
         const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
         const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
@@ -93,13 +106,14 @@ DEVICE long long target_of(const Utterance& of, const void* targets, long long w
 }
 
 // Cells [begin, begin + n) of the group, one block each. Logits of cell (b, t, u): with `packed`, row (cell - begin) of
-// stride by_label; else at b, t, u - first_t of the batch tensor. All strides count elements.
+// stride by_label; else at b, t, u - first_t of the batch tensor. All strides count elements. `bias` (V,), or null, is added
+// to the logits; it comes with dense rows.
 template <typename T>
 KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances, long long count, const int* first,
                        T* logits, long long packed, long long by_utterance, long long by_frame, long long by_label,
-                       long long by_class, long long classes, const void* targets, long long wide_targets,
-                       long long targets_by_utterance, long long targets_by_label, long long blank,
-                       long long distribution, long long keep, Compute<T>* log_blank, Compute<T>* log_label,
+                       long long by_class, long long classes, const Compute<T>* bias, const void* targets,
+                       long long wide_targets, long long targets_by_utterance, long long targets_by_label,
+                       long long blank, long long distribution, long long keep, Compute<T>* log_blank, Compute<T>* log_label,
                        Compute<T>* normaliser) {
     typedef Compute<T> Real;
     BLOCKS(i, n) {
@@ -117,26 +131,28 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
         T* start = packed ? logits + i * by_label
                           : logits + of.index * by_utterance + at.frame * by_frame +
                                 (at.label - first_label(of, first, at.frame)) * by_label;
-        if (by_class == 1)
-            arcs_of_row(Row<true, T>{start, 1}, classes, blank, target, (int)distribution, keep != 0, log_blank + cell,
-                        log_label + cell, normaliser + cell);
+        const auto work = [&](auto row) {
+            arcs_of_row(row, classes, blank, target, (int)distribution, keep != 0, log_blank + cell, log_label + cell,
+                        normaliser + cell);
+        };
+        if (by_class != 1)
+            work(Row<false, false, T>{start, by_class, nullptr});
+        else if (bias)
+            work(Row<true, true, T>{start, 1, bias});
         else
-            arcs_of_row(Row<false, T>{start, by_class}, classes, blank, target, (int)distribution, keep != 0,
-                        log_blank + cell, log_label + cell, normaliser + cell);
+            work(Row<true, false, T>{start, 1, nullptr});
     }
 }
 
 // d loss / d x[v] = w ((gb + ge) p[v] - [v = blank] gb - [v = y] ge), gb and ge the occupancies of the cell's arcs.
 // HAT: the blank gets w ((gb + ge) sigmoid - gb), a label w ge (q[v] - [v = y]), q the softmax without blank.
 // One loop over the classes, then the two that an arc takes.
-template <bool dense_in, bool dense_out, typename T, typename G>
-DEVICE void gradient_of_row(const Row<dense_in, T> in, const Row<dense_out, G> out, long long classes, long long blank,
-                            long long target, int distribution, bool kept, Compute<T> normaliser, Compute<T> blank_share,
-                            Compute<T> label_share) {
-    typedef Compute<T> Real;
+template <typename In, typename Out, typename Real>
+DEVICE void gradient_of_row(const In in, const Out out, long long classes, long long blank, long long target,
+                            int distribution, bool kept, Real normaliser, Real blank_share, Real label_share) {
     const Real both = blank_share + label_share;
-    const Real blank_value = load(in.at(blank));
-    const Real target_value = target >= 0 ? Real(load(in.at(target))) : Real(0);
+    const Real blank_value = kept ? Real(load(in.at(blank))) : in.logit(blank);
+    const Real target_value = target < 0 ? Real(0) : kept ? Real(load(in.at(target))) : in.logit(target);
     const bool unused = blank_share == Real(0) && label_share == Real(0);
     const Real factor = distribution == HAT ? label_share : both;
     __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes
@@ -149,7 +165,7 @@ DEVICE void gradient_of_row(const Row<dense_in, T> in, const Row<dense_out, G> o
         PARALLEL(v, classes) store(out.at(v), scale * Real(load(in.at(v))));
     } else {
         SIMD
-        PARALLEL(v, classes) store(out.at(v), factor * exponential(Real(load(in.at(v))) - normaliser));
+        PARALLEL(v, classes) store(out.at(v), factor * exponential(in.logit(v) - normaliser));
     }
     __syncthreads();
     if (threadIdx.x != 0 || unused) return;
@@ -168,10 +184,11 @@ DEVICE void gradient_of_row(const Row<dense_in, T> in, const Row<dense_out, G> o
 }
 
 // Gradient of cells [begin, begin + n) of the list `cells` (of the group, where cells is null) into a tile, row i for the
-// list's item i. Logits: row i of their tile, or with `by_cell` the row of the cell in the group's retained logits.
+// list's item i. Logits: row i of their tile, to which `bias` (V,), or null, is added; or with `kept` what softmax_forward
+// kept of the group's, in the cell's row.
 template <typename T, typename G>
 KERNEL softmax_backward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
-                        const int* first, const T* logits, long long by_cell, long long kept, long long classes,
+                        const int* first, const T* logits, long long kept, long long classes, const Compute<T>* bias,
                         const void* targets, long long wide_targets, long long targets_by_utterance,
                         long long targets_by_label, long long blank, long long distribution, const Compute<T>* normaliser,
                         const Compute<T>* blank_occupancy, const Compute<T>* label_occupancy, const Compute<T>* weights,
@@ -189,9 +206,15 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
         const Real label_share = none ? Real(0) : weight * label_occupancy[cell];
         const long long target =
             none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label);
-        gradient_of_row(Row<true, const T>{logits + (by_cell ? cell : i) * classes, 1},
-                        Row<true, G>{gradient + i * classes, 1}, classes, blank, target, (int)distribution, kept != 0,
-                        normaliser[cell], blank_share, label_share);
+        const T* const in = logits + (kept ? cell : i) * classes;
+        const auto work = [&](auto row) {
+            gradient_of_row(row, Row<true, false, G>{gradient + i * classes, 1, nullptr}, classes, blank, target,
+                            (int)distribution, kept != 0, normaliser[cell], blank_share, label_share);
+        };
+        if (bias && !kept)
+            work(Row<true, true, const T>{in, 1, bias});
+        else
+            work(Row<true, false, const T>{in, 1, nullptr});
     }
 }
 
@@ -224,11 +247,11 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
         const T* in = logits + (packed ? i * by_label : of.index * by_utterance + at.frame * by_frame + column * by_label);
         T* out = gradient + (packed ? i * out_by_label : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
         if (by_class == 1 && out_by_class == 1)
-            gradient_of_row(Row<true, const T>{in, 1}, Row<true, T>{out, 1}, classes, blank, target, (int)distribution,
-                            false, z, blank_share, label_share);
+            gradient_of_row(Row<true, false, const T>{in, 1, nullptr}, Row<true, false, T>{out, 1, nullptr}, classes, blank,
+                            target, (int)distribution, false, z, blank_share, label_share);
         else
-            gradient_of_row(Row<false, const T>{in, by_class}, Row<false, T>{out, out_by_class}, classes, blank, target,
-                            (int)distribution, false, z, blank_share, label_share);
+            gradient_of_row(Row<false, false, const T>{in, by_class, nullptr}, Row<false, false, T>{out, out_by_class, nullptr},
+                            classes, blank, target, (int)distribution, false, z, blank_share, label_share);
     }
 }
 

@@ -159,6 +159,21 @@ def test_activations_and_their_slopes(dtype: str, activation: str) -> None:
     expect_close(got.weight, by_weight, unit * hidden * np.abs(by_bias)[:, None])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_read_exactly(dtype: str) -> None:
+    # With classes of equal probability and a weight of 2 the gradient by W is the features themselves.
+    patterns = np.arange(2**16, dtype=np.uint16).view(numpy_dtype(dtype))
+    features = patterns[np.isfinite(patterns.astype(np.float32))][None, None]
+    H = features.shape[-1]
+    weight = np.zeros((2, H), features.dtype)
+    loss, grads = tl.joint_rnnt_loss(
+        features, np.zeros_like(features), weight, None, [[]], [1], [0], activation="identity", weights=[2.0]
+    )
+    assert abs(loss[0] - np.log(2)) <= 1e-7
+    np.testing.assert_array_equal(grads.weight[1], features[0, 0])
+    np.testing.assert_array_equal(grads.weight[0], -features[0, 0])
+
+
 def philox_mask(B: int, T: int, U1: int, H: int, probability: float, seed: int) -> Array:
     """The factors of dropout: Philox 4x32-10 of the counter (h // 4, u, t, b), of which word h % 4 belongs to h."""
     b, t, u, h = (i.astype(np.uint64) for i in np.indices((B, T, U1, H)))

@@ -104,6 +104,22 @@ def test_every_number_of_classes(dtype: str, V: int) -> None:
         expect_same(tl.rnnt_loss(laid_out(batch.logits, layout)[1], *batch.arguments[1:], blank=V - 1), batch, {})
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_rounded_as_numpy_rounds_them(dtype: str) -> None:
+    # The gradient of one certain blank is -w: weights at every number of the type, at every tie between two, and beside it.
+    patterns = np.arange(2**16, dtype=np.uint16).view(numpy_dtype(dtype)).astype(np.float32)
+    numbers = np.sort(patterns[np.isfinite(patterns)])
+    ties = (0.5 * (numbers[:-1].astype(np.float64) + numbers[1:])).astype(np.float32)
+    weights = np.concatenate([numbers, ties, np.nextafter(ties, -np.inf), np.nextafter(ties, np.inf)])
+    count = len(weights)
+    logits = np.zeros((count, 1, 1, 1), numpy_dtype(dtype))
+    _, grad = tl.rnnt_loss(logits, np.zeros((count, 0), int), np.ones(count, int), [0] * count, normalized=True, weights=weights)
+    expected = (-weights).astype(numpy_dtype(dtype))
+    # Zeros of either sign are zeros.
+    same = (grad[:, 0, 0, 0].view(np.uint16) == expected.view(np.uint16)) | ((grad[:, 0, 0, 0] == 0) & (expected == 0))
+    assert same.all(), weights[~same]
+
+
 @every_topology
 def test_broadcast_logits(topology: str) -> None:
     rng = np.random.default_rng(0)

@@ -124,8 +124,6 @@ class Engine:
     def _logits(self, group: Group, kept: Any, begin: int, hidden: Any, logits: Any, loss: Any = None) -> None:
         joint.forward(self.processor, group, self.of.joint, kept, begin, hidden, loss)
         self.processor.gemm(hidden, self.weight.T, logits)
-        if self.bias is not None:
-            logits += self.bias
 
     def _arcs_of_tile(self, group: Group, arcs: softmax.Arcs, retained: Any, begin: int, end: int) -> None:
         with self.tiles.one() as tile:
@@ -133,7 +131,7 @@ class Engine:
             self._logits(group, None, begin, tile.hidden[: end - begin], logits)
             softmax.forward(
                 self.processor, group, logits, self.of.targets, self.of.options, arcs, begin, end - begin,
-                keep=retained is not None, alone=True,
+                keep=retained is not None, alone=True, bias=self.bias,
             )  # fmt: skip
 
     def occupancy(self, group: Group, arcs: softmax.Arcs, loss: Any, reported: Any, gradient: bool) -> tuple[Any, Any] | None:
@@ -246,7 +244,7 @@ class Engine:
                     joint.forward(processor, group, of.joint, kept.cells, low, hidden, loss)
                     logits = saved.logits
                 softmax.backward(
-                    processor, group, kept.cells, low, logits, saved.logits is not None, saved.logits is not None,
+                    processor, group, kept.cells, low, logits, saved.logits is not None, self.bias,
                     of.targets, of.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
                 )  # fmt: skip
                 # The first product is written, not added: the partial sums need no zeros.

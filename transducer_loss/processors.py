@@ -189,9 +189,9 @@ class Host(Processor):
 
     host = True
     strips = 8
-    tile_bytes = 4 << 20
-    tile_cells = 512
-    group_cells = 16_384
+    tile_bytes = 6 << 20
+    tile_cells = 1024
+    group_cells = 32_768
     default_workspace = 256 << 20
     reserved = 0
 

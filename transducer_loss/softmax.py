@@ -31,27 +31,27 @@ def _strides(logits: Any) -> tuple[int, ...]:
 
 def forward(
     processor: Any, group: Group, logits: Any, targets: Targets, options: Options, arcs: Arcs,
-    begin: int = 0, cells: int | None = None, keep: bool = False, alone: bool = False,
+    begin: int = 0, cells: int | None = None, keep: bool = False, alone: bool = False, bias: Any = None,
 ) -> None:  # fmt: skip
-    """Arcs of cells [begin, begin + cells) of the group from their logits, padded or packed."""
+    """Arcs of cells [begin, begin + cells) of the group from their logits, padded or packed, plus a bias."""
     count, classes = group.cells if cells is None else cells, logits.shape[-1]
     processor.launch(
         f"softmax_forward<{logits.dtype.name}>", count, classes,
         count, begin, group.table, group.count, group.first, logits, *_strides(logits), classes,
-        *targets.arguments, options.blank, options.distribution, int(keep), *arcs, alone=alone,
+        bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, alone=alone,
     )  # fmt: skip
 
 
 def backward(
-    processor: Any, group: Group, kept: Any, begin: int, logits: Any, by_cell: bool, exponentials: bool, targets: Targets,
+    processor: Any, group: Group, kept: Any, begin: int, logits: Any, retained: bool, bias: Any, targets: Targets,
     options: Options, normaliser: Any, occupancy: tuple[Any, Any], weights: Any, weight: float, gradient: Any,
 ) -> None:  # fmt: skip
     """Gradient of a tile's logits, row i for item begin + i of the list `kept` (None: of the group's cells)."""
     cells, classes = gradient.shape
     processor.launch(
         f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
-        cells, begin, kept, group.table, group.count, group.first, logits, int(by_cell), int(exponentials), classes,
-        *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights, weight, gradient,
+        cells, begin, kept, group.table, group.count, group.first, logits, int(retained), classes,
+        bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights, weight, gradient,
         alone=True,
     )  # fmt: skip
 
