@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import transducer_loss
-from transducer_loss.adapters.torch import joint_rnnt_loss, rnnt_loss
+from transducer_loss.adapters.torch import PrunedRNNTLoss, joint_rnnt_loss, rnnt_loss
 from transducer_loss.benchmarks.joint_loss import random_case, trained_case
 
 Shape = tuple[int, int, int, int, int]
@@ -54,6 +54,15 @@ def _step(loss: Callable[..., Tensor], leaves: list[Tensor], *integers: Any, **o
     """Loss and gradients."""
     value = loss(*leaves, *integers, **options)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def _pruned_step(case: tuple[Any, ...], dtype: torch.dtype, device: str) -> Callable[[], list[Tensor]]:
+    """Simple loss, band and pruned loss, with the gradients of everything."""
+    (encoder, predictor, weight, _), integers = _joint(case, dtype, device)
+    torch.manual_seed(0)
+    losses = PrunedRNNTLoss(weight.shape[1], weight.shape[0]).to(device, dtype).eval()
+    leaves = [encoder, predictor, *losses.parameters()]
+    return functools.partial(_step, lambda *_: losses(encoder, predictor, *integers).loss, leaves)
 
 
 @contextlib.contextmanager
@@ -90,11 +99,13 @@ def repeatability(device: str, runs: int = 20) -> dict[str, Any]:
         for dtype in DTYPES:
             leaves, integers = _joint(random_case(*shape), dtype, device)
             logits = _logits(shape, dtype, device)
-            for name, step in {
+            steps: dict[str, Callable[[], list[Tensor]]] = {
                 "rnnt_loss": functools.partial(_step, rnnt_loss, [logits], *integers),
                 "joint_rnnt_loss": functools.partial(_step, joint_rnnt_loss, leaves, *integers),
                 "joint_rnnt_loss, 48 MiB": functools.partial(_step, joint_rnnt_loss, leaves, *integers, workspace="48MiB"),
-            }.items():
+                "PrunedRNNTLoss": _pruned_step(random_case(*shape), dtype, device),
+            }
+            for name, step in steps.items():
                 first = [result.clone() for result in step()]
                 same = [
                     all(
@@ -213,6 +224,7 @@ def _works(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
     yield "joint_rnnt_loss, every cell", functools.partial(joint, random_case, occupancy_floor=0.0)
     yield "joint_rnnt_loss, random", functools.partial(joint, random_case)
     yield "joint_rnnt_loss, as trained", functools.partial(joint, trained_case)
+    yield "simple and pruned, S=5", lambda: _pruned_step(random_case(*shape), dtype, device)
     yield "rnnt_loss", logits
     yield "torchaudio rnnt_loss", functools.partial(_torchaudio, shape, dtype, device)
 

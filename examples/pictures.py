@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # no window, so that a machine without a screen will do
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 # From the Okabe-Ito palette, which colour-blind readers tell apart.
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -54,6 +55,7 @@ def lattice(
     occupancy: np.ndarray,
     frame_period: float,
     alignment: np.ndarray,
+    band: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
     """Draw an utterance over the lattice of its loss.
 
@@ -73,6 +75,8 @@ def lattice(
         Seconds of the T frames.
     alignment : ndarray (U,) of int
         Frame of each character on the best path.
+    band : two ndarrays (T,) of int, optional
+        First cell of each frame that a pruned loss looks at, and one past the last.
     """
     frames, positions = occupancy.shape
     seconds = max(frames * frame_period, len(features) * feature_period)
@@ -98,6 +102,12 @@ def lattice(
         )  # fmt: skip
         times, heights = _staircase(alignment, frames)
         below.plot(times * frame_period, heights, color=VERMILION, linewidth=2, label="best alignment")
+        if band is not None:
+            first, end = band
+            below.stairs(
+                end - 0.5, np.arange(frames + 1) * frame_period, baseline=first - 0.5, color="black", linewidth=1,
+                path_effects=[withStroke(linewidth=3, foreground="white")], label="band of the pruned loss",
+            )  # fmt: skip
         below.set_yticks(range(positions), ["start", *text.replace(" ", "␣")], fontsize=8)
         below.set(xlabel="time (s)", ylabel="last character emitted", xlim=(0, seconds))
         below.legend(loc="upper left", frameon=False)

@@ -1,7 +1,8 @@
 """Train a small streaming recogniser of spoken numbers, and look into its loss.
 
 The joint network is fused into the loss: in training the model only ever makes an encoding per frame and one per character;
-the logits of every (frame, character) pair are never held.
+the logits of every (frame, character) pair are never held. The loss is exact, or pruned to the characters that matter in each
+frame.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import pictures
 import spoken_numbers
 import transducer_loss
 from spoken_numbers import BLANK, Batch, Utterance
-from transducer_loss.adapters.torch import joint_rnnt_loss
+from transducer_loss import Band, Grads, Occupancy
+from transducer_loss.adapters.torch import JointRNNTLoss, PrunedRNNTLoss
 
 TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 3000, 400
 BATCH_SIZE = 32
@@ -36,6 +38,7 @@ ENCODER_PERIOD = SUBSAMPLING * spoken_numbers.FRAME_PERIOD  # seconds
 PEAK_LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
 EVALUATIONS = 10
 MOST_CHARACTERS_PER_FRAME = 4
+CHARACTERS_IN_BAND, LM_ONLY_SCALE, PRUNED_WARM_UP_STEPS = 5, 0.1, 200
 
 console = Console()
 
@@ -94,13 +97,26 @@ class Predictor(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """An encoder, a predictor and the output layer, whose weight (V, H) and bias (V,) the loss takes as they are."""
+    """An encoder, a predictor, and a loss that owns the output layer, which decoding shares."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, loss: str = "exact", workspace: str = "4MiB") -> None:
         super().__init__()
         self.encoder = Encoder(width)
         self.predictor = Predictor(width)
-        self.output = nn.Linear(width, len(spoken_numbers.ALPHABET))
+        self.pruned = loss == "pruned"
+        shape, options = (width, len(spoken_numbers.ALPHABET)), {"blank": BLANK, "workspace": workspace}
+        self.loss: JointRNNTLoss | PrunedRNNTLoss
+        if self.pruned:
+            self.loss = PrunedRNNTLoss(
+                *shape, s_range=CHARACTERS_IN_BAND, lm_only_scale=LM_ONLY_SCALE, warm_step=PRUNED_WARM_UP_STEPS, **options
+            )
+        else:
+            self.loss = JointRNNTLoss(*shape, **options)
+
+    @property
+    def output(self) -> nn.Linear:
+        """Output layer: weight (V, H) and bias (V,)."""
+        return self.loss.output
 
     def logits(self, encoding: Tensor, prediction: Tensor) -> Tensor:
         """Joint network of single cells, as decoding wants it: (..., H) and (..., H) to (..., V)."""
@@ -128,14 +144,12 @@ class TensorBatch:
         )
 
 
-def loss_of(model: Recogniser, batch: TensorBatch, workspace: str) -> Tensor:
-    """Mean loss of a batch."""
+def loss_of(model: Recogniser, batch: TensorBatch) -> tuple[Tensor, Tensor]:
+    """Mean loss of a batch: what to differentiate, and what of it is a loss of the recogniser, without the simple loss."""
     encoder, _ = model.encoder(batch.features)
     predictor = model.predictor.sequence(batch.targets)
-    return joint_rnnt_loss(
-        encoder, predictor, model.output.weight, model.output.bias, batch.targets, batch.encoder_lengths, batch.target_lengths,
-        blank=BLANK, workspace=workspace,
-    )  # fmt: skip
+    losses = model.loss(encoder, predictor, batch.targets, batch.encoder_lengths, batch.target_lengths)
+    return (losses.loss, losses.pruned_loss) if model.pruned else (losses, losses)
 
 
 @torch.no_grad()
@@ -189,9 +203,7 @@ class Training:
     utterances_per_second: float = 0.0
 
 
-def train(
-    model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int, workspace: str
-) -> Training:
+def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance], budget: Budget, seed: int) -> Training:
     """Train a model, and follow its character error rate on the held-out utterances."""
     rng = np.random.default_rng(seed)
     device = model.output.weight.device
@@ -214,9 +226,9 @@ def train(
             started = time.perf_counter()
             warm_up = min(1.0, (len(done.losses) + 1) / WARM_UP_STEPS)
             optimiser.param_groups[0]["lr"] = PEAK_LEARNING_RATE * warm_up * (1 + math.cos(math.pi * used)) / 2
-            loss = loss_of(model, TensorBatch.of(next(batches), device), workspace)
+            objective, loss = loss_of(model, TensorBatch.of(next(batches), device))
             optimiser.zero_grad()
-            loss.backward()
+            objective.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimiser.step()
             done.losses.append(loss.item())
@@ -269,29 +281,68 @@ def words_in_time(utterance: Utterance, alignment: np.ndarray) -> list[Word]:
     ]
 
 
-def share_needing_gradient(arguments: tuple[np.ndarray, ...]) -> float:
-    """Share of a batch's cells that the loss makes a gradient for."""
-    _, grads = transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK)
-    return 1 - grads.dropped
+def simple_loss(model: Recogniser, arguments: tuple[np.ndarray, ...], gradient: bool = False) -> tuple[Any, Any, Occupancy]:
+    """Loss, gradients and occupancies of a pruned model's simple joiner, from the arguments of the exact loss."""
+    layers = (model.loss.simple_encoder, model.loss.simple_predictor)
+    am, lm = (
+        array @ layer.weight.numpy(force=True).T + layer.bias.numpy(force=True)
+        for array, layer in zip(arguments[:2], layers, strict=True)
+    )
+    return transducer_loss.simple_rnnt_loss(
+        am, lm, *arguments[4:], lm_only_scale=LM_ONLY_SCALE, blank=BLANK, gradient=gradient
+    )
 
 
-def loss_megabytes(arguments: tuple[np.ndarray, ...], workspace: str, device: torch.device) -> tuple[float, float]:
-    """Measure the most memory that a loss takes beside its gradients; and say what its logits would have taken."""
-    encoder, predictor, weight, bias, *_ = arguments
+def band_of(occupancy: Occupancy, arguments: tuple[np.ndarray, ...], strategy: str = "local") -> Band:
+    """Band of the characters that matter in each frame; a model is trained with the local one."""
+    return transducer_loss.prune(occupancy, *arguments[5:], s_range=CHARACTERS_IN_BAND, strategy=strategy)
+
+
+def gradients_of(model: Recogniser, arguments: tuple[np.ndarray, ...], workspace: str) -> Grads:
+    """Make the gradients of a model's loss, as training makes them but in NumPy."""
+    simple = simple_loss(model, arguments, gradient=True) if model.pruned else None
+    band = band_of(simple[2], arguments) if simple else None
+    return transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, band=band, workspace=workspace)[1]
+
+
+def loss_megabytes(model: Recogniser, arguments: tuple[np.ndarray, ...], workspace: str) -> tuple[float, float]:
+    """Measure how much more memory a loss takes than its gradients; and say what its logits would have taken."""
+    encoder, predictor, weight, bias, *labels = arguments
+    device = model.output.weight.device
     if device.type == "cuda":
-        tensors = [torch.from_numpy(array).to(device).requires_grad_() for array in arguments[:4]]
+        tensors = [torch.from_numpy(array).to(device).requires_grad_() for array in (encoder, predictor)]
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        joint_rnnt_loss(*tensors, *map(torch.from_numpy, arguments[4:]), blank=BLANK, workspace=workspace)
+        model.loss(*tensors, *map(torch.from_numpy, labels))
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         tracemalloc.start()  # NumPy reports its arrays there
-        transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, workspace=workspace)
+        gradients_of(model, arguments, workspace)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     gradients = sum(array.nbytes for array in (encoder, predictor, weight, bias))
     logits = 4 * encoder.shape[0] * encoder.shape[1] * predictor.shape[1] * weight.shape[0]
     return (peak - gradients) / 1e6, logits / 1e6
+
+
+def pruning_results(model: Recogniser, utterances: list[Utterance]) -> dict[str, Any]:
+    """How wide the band of some utterances is, and what it keeps of their cells and of the simple joiner's paths."""
+    arguments = loss_arguments(model, utterances)
+    _, _, occupancy = simple_loss(model, arguments)
+    bands = {strategy: band_of(occupancy, arguments, strategy) for strategy in ("local", "optimal")}
+    band = bands["local"]
+    positions = np.arange(occupancy.blank.shape[2])
+    inside = (positions >= band.first[..., None]) & (positions < band.end[..., None])
+    real = np.arange(inside.shape[1]) < band.frames[:, None]
+    return {
+        "width": band.width,
+        "share_of_cells": float(inside[real].sum() / (band.frames * (band.labels + 1)).sum()),
+        # A path has one blank a frame.
+        "kept_per_frame": float(occupancy.blank[inside].sum() / band.frames.sum()),
+        "kept": {
+            strategy: {"mean": float(band.mass.mean()), "least": float(band.mass.min())} for strategy, band in bands.items()
+        },
+    }
 
 
 def pick_device(name: str) -> torch.device:
@@ -317,6 +368,7 @@ def parse_arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=600, help="steps of training (default: %(default)s)")
     length.add_argument("--minutes", type=float, help="minutes of training, in place of steps")
+    parser.add_argument("--loss", choices=("exact", "pruned"), default="exact", help="what to train by (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     parser.add_argument("--workspace", default="4MiB", help="temporary memory of the loss (default: %(default)s)")
@@ -336,14 +388,16 @@ def look_into(
     arguments = loss_arguments(model, [shown])
     alignment = transducer_loss.align(*arguments, blank=BLANK).frames[0]
     occupancy = transducer_loss.occupancy(*arguments, blank=BLANK)
+    band = band_of(simple_loss(model, arguments)[2], arguments) if model.pruned else None
     pictures.learning_curve(out / "learning-curve.png", done.losses, done.evaluated_steps, done.error_rates, target=0.03)
     pictures.lattice(
         out / "lattice.png", shown.text, shown.features, spoken_numbers.FRAME_PERIOD, shown.word_starts,
         (occupancy.blank + occupancy.label)[0], ENCODER_PERIOD, alignment,
+        band=(band.first[0], band.end[0]) if band else None,
     )  # fmt: skip
     longest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
     largest = loss_arguments(model, longest)
-    taken, avoided = loss_megabytes(largest, workspace, model.output.weight.device)
+    taken, avoided = loss_megabytes(model, largest, workspace)
     wrong = [(utterance.text, hypothesis) for utterance, hypothesis in heard if hypothesis != utterance.text]
     return {
         "loss": float(np.mean(done.losses[-20:])),
@@ -355,11 +409,11 @@ def look_into(
         },
         "examples": [(utterance.text, hypothesis) for utterance, hypothesis in heard[:3]] + wrong[:2],
         "words": [asdict(word) for word in words_in_time(shown, alignment)],
-        "share_needing_gradient": share_needing_gradient(largest),
+        "share_needing_gradient": 1 - gradients_of(model, largest, workspace).dropped,
         "megabytes": taken,
         "megabytes_of_logits": avoided,
         "training": asdict(done),
-    }
+    } | ({"pruning": pruning_results(model, held_out)} if model.pruned else {})
 
 
 def report(results: dict[str, Any]) -> None:
@@ -373,7 +427,16 @@ def report(results: dict[str, Any]) -> None:
     print("\nwhen words begin, and when the alignment has their first character:")
     for word in results["words"]:
         print(f"  {word['text']:10s} {word['spoken']:5.2f} s {word['emitted']:5.2f} s")
-    print(f"\n{100 * results['share_needing_gradient']:.0f} % of the cells needed a gradient")
+    print()
+    if pruning := results.get("pruning"):
+        print(
+            f"the band of {pruning['width']} characters a frame is {100 * pruning['share_of_cells']:.0f} % of the lattice, "
+            f"and has {100 * pruning['kept_per_frame']:.1f} % of the simple joiner's paths in a frame"
+        )
+        for strategy, kept in pruning["kept"].items():
+            print(f"  from end to end, {strategy:7s} {100 * kept['mean']:.2g} % (least {100 * kept['least']:.2g} %)")
+    cells = "band" if pruning else "lattice"
+    print(f"{100 * results['share_needing_gradient']:.0f} % of the {cells}'s cells needed a gradient")
     print(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results["seconds"].items()))
     print(f"pictures: {results['pictures']}")
     print(f"trained in {results['megabytes']:.1f} MB where the logits would have taken {results['megabytes_of_logits']:.1f} MB")
@@ -387,15 +450,16 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     training, held_out = synthesise(arguments.seed)
     times.append(time.perf_counter())
-    model = Recogniser().to(device)
+    model = Recogniser(loss=arguments.loss, workspace=arguments.workspace).to(device)
     budget = Budget(arguments.steps, arguments.minutes)
-    done = train(model, training, held_out, budget, arguments.seed, arguments.workspace)
+    done = train(model, training, held_out, budget, arguments.seed)
     times.append(time.perf_counter())
     results = look_into(model, training, held_out, done, arguments.workspace, arguments.out)
     times.append(time.perf_counter())
     phases = ("speech", "training", "report")
     results |= {
         "seed": arguments.seed,
+        "trained_by": arguments.loss,
         "device": str(device),
         "seconds": dict(zip(phases, np.diff(times).tolist(), strict=True)),
         "pictures": str(arguments.out),

@@ -1,9 +1,11 @@
 // The packed cells of a group of utterances: which (t, u) a stored cell is, and which cells a lattice row has.
 //
-// Utterance b of the group owns cells [cells, cells + frames * width): row t, stored after row t - 1, holds the labels
-// u in [first_t, first_t + width), of which those with u <= labels are real. A full lattice has first_t = 0 and
-// width = labels + 1; a band has other first labels and a smaller width, and is the same object to every kernel.
+// Utterance b of the group owns cells [cells, cells + frames * width): row t, stored after row t - 1, begins with the label
+// first_t, and of its cells those with u < end_t are real. A full lattice has first_t = 0, end_t = width = labels + 1; a band
+// or an alignment-restricted lattice has other rows, and is the same object to every kernel.
 #pragma once
+
+enum Topology { REGULAR = 0, MODIFIED = 1, CONSTRAINED = 2 };
 
 struct Utterance {
     long long index;   // position in the batch, of its rows in the encoder, predictor, targets and weights
@@ -16,17 +18,24 @@ struct Utterance {
 
 struct Cell { long long utterance, frame, label; };
 
-DEVICE long long first_label(const Utterance& of, const int* first, long long frame) {
-    return first ? (long long)first[of.rows + frame] : 0;
+// The labels of one lattice row; null stands for full rows. 0 <= first and end <= labels + 1; a row may be empty, and one
+// that ends below 0 is an error of whoever made it.
+struct Span { int first, end; };
+
+DEVICE long long first_label(const Utterance& of, const Span* spans, long long frame) {
+    return spans ? (long long)spans[of.rows + frame].first : 0;
 }
 
-DEVICE bool in_row(const Utterance& of, const int* first, long long frame, long long label) {
-    const long long column = label - first_label(of, first, frame);
-    return column >= 0 && column < of.width && label <= of.labels;
+DEVICE long long end_label(const Utterance& of, const Span* spans, long long frame) {
+    return spans ? (long long)spans[of.rows + frame].end : of.labels + 1;
 }
 
-DEVICE long long cell_at(const Utterance& of, const int* first, long long frame, long long label) {
-    return of.cells + frame * of.width + label - first_label(of, first, frame);
+DEVICE bool in_row(const Utterance& of, const Span* spans, long long frame, long long label) {
+    return label >= first_label(of, spans, frame) && label < end_label(of, spans, frame);
+}
+
+DEVICE long long cell_at(const Utterance& of, const Span* spans, long long frame, long long label) {
+    return of.cells + frame * of.width + label - first_label(of, spans, frame);
 }
 
 // The utterance that owns item `wanted` of an array in which utterance b starts at utterances[b].*start.
@@ -40,9 +49,22 @@ DEVICE long long owner(const Utterance* utterances, long long count, long long U
     return low;
 }
 
-DEVICE Cell locate(const Utterance* utterances, long long count, const int* first, long long cell) {
+DEVICE Cell locate(const Utterance* utterances, long long count, const Span* spans, long long cell) {
     const long long b = owner(utterances, count, &Utterance::cells, cell);
     const Utterance& of = utterances[b];
     const long long frame = (cell - of.cells) / of.width;
-    return {b, frame, first_label(of, first, frame) + (cell - of.cells) - frame * of.width};
+    return {b, frame, first_label(of, spans, frame) + (cell - of.cells) - frame * of.width};
+}
+
+// targets[b, u], or -1 past the last label. A label outside [0, classes) makes the cell invalid.
+template <typename Label>
+DEVICE long long target_of(const Utterance& of, const void* targets, long long by_utterance, long long by_label, long long label) {
+    if (label >= of.labels) return -1;
+    return (long long)((const Label*)targets)[of.index * by_utterance + label * by_label];
+}
+
+DEVICE long long target_of(const Utterance& of, const void* targets, long long wide, long long by_utterance,
+                           long long by_label, long long label) {
+    return wide ? target_of<long long>(of, targets, by_utterance, by_label, label)
+                : target_of<int>(of, targets, by_utterance, by_label, label);
 }

@@ -38,24 +38,6 @@ KERNEL compact_count(long long rows, const Utterance* utterances, long long coun
     }
 }
 
-// Inclusive sum over the threads of the block.
-DEVICE long long block_scan(long long value) {
-#if defined(HOST)
-    return value;
-#else
-    SHARED(long long, sums, 1024);
-    sums[threadIdx.x] = value;
-    __syncthreads();
-    for (int reach = 1; reach < (int)blockDim.x; reach *= 2) {
-        const long long other = (int)threadIdx.x >= reach ? sums[threadIdx.x - reach] : 0;
-        __syncthreads();
-        sums[threadIdx.x] += other;
-        __syncthreads();
-    }
-    return sums[threadIdx.x];
-#endif
-}
-
 // counts of n rows -> the number kept before each row, in place, and in all as item n. One block.
 KERNEL compact_scan(long long n, long long* counts) {
     BLOCKS(block, 1) {
@@ -63,7 +45,7 @@ KERNEL compact_scan(long long n, long long* counts) {
         for (long long start = 0; start <= n; start += blockDim.x) {
             const long long i = start + threadIdx.x;
             const long long mine = i < n ? counts[i] : 0;
-            const long long upto = before + block_scan(mine);
+            const long long upto = before + block_scan<Sum>(mine);
             if (i <= n) counts[i] = upto - mine;
             before += block_sum(mine);
         }
@@ -84,7 +66,7 @@ KERNEL compact_write(long long rows, const Utterance* utterances, long long coun
         for (long long start = 0; start < of.width; start += blockDim.x) {
             const long long column = start + threadIdx.x, cell = first_cell + column;
             const bool kept = column < of.width && occupied(cell);
-            const long long upto = before + block_scan(kept ? 1 : 0);
+            const long long upto = before + block_scan<Sum>((long long)(kept ? 1 : 0));
             if (column < of.width) positions[cell] = upto - (kept ? 1 : 0);
             if (kept) cells[upto - 1] = cell;
             before += block_sum((long long)(kept ? 1 : 0));

@@ -50,9 +50,11 @@ struct Registered {
 #define EXPORT_CHOICE(_1, _2, _3, chosen, ...) chosen
 #define EXPORT(...) EXPORT_CHOICE(__VA_ARGS__, EXPORT_TWO, EXPORT_ONE, EXPORT_PLAIN)(__VA_ARGS__)
 
+#include "band.cu"
 #include "compact.cu"
 #include "joint.cu"
 #include "lattice.cu"
+#include "simple_joint.cu"
 #include "softmax.cu"
 
 extern "C" {

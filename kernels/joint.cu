@@ -95,19 +95,19 @@ template <typename Real> struct Dropout {
 
 // Hidden features of cells [begin, begin + n) of the list `cells` (of the group, where cells is null), one block per cell.
 // Where `loss` is given, utterances whose loss is not finite get rows of zeros: their NaN must not meet the zeros of their
-// gradient in the product that makes dW. Cells past the last label of a band row are zeros too.
+// gradient in the product that makes dW. Cells past the last label of a row are zeros too.
 template <typename In, typename Hidden>
 KERNEL joint_forward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
-                     const int* first, const In* encoder, long long encoder_by_utterance, long long encoder_by_frame,
+                     const Span* spans, const In* encoder, long long encoder_by_utterance, long long encoder_by_frame,
                      const In* predictor, long long predictor_by_utterance, long long predictor_by_label, long long features,
                      long long activation, double dropout, long long seed, const Compute<In>* loss, Hidden* hidden) {
     typedef Compute<In> Real;
     const Dropout<Real> drop(seed, dropout);
     BLOCKS(i, n) {
-        const Cell at = locate(utterances, count, first, cells ? cells[begin + i] : begin + i);
+        const Cell at = locate(utterances, count, spans, cells ? cells[begin + i] : begin + i);
         const Utterance& of = utterances[at.utterance];
         Hidden* const out = hidden + i * features;
-        if (at.label > of.labels || (loss && !is_finite(loss[of.index]))) {
+        if (at.label >= end_label(of, spans, at.frame) || (loss && !is_finite(loss[of.index]))) {
             PARALLEL(h, features) store(out + h, Real(0));
             continue;
         }
@@ -131,7 +131,7 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
 // added to dE. One block per cell, of which those that begin a frame in the tile work, down to the frame's end.
 template <typename In, typename Hidden>
 KERNEL joint_backward_encoder(long long n, long long begin, const long long* cells, const Utterance* utterances,
-                              long long count, const int* first, const In* encoder, long long encoder_by_utterance,
+                              long long count, const Span* spans, const In* encoder, long long encoder_by_utterance,
                               long long encoder_by_frame, const In* predictor, long long predictor_by_utterance,
                               long long predictor_by_label, long long features, long long activation, double dropout,
                               long long seed, const Compute<In>* loss, const Hidden* hidden,
@@ -140,7 +140,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
     const Dropout<Real> drop(seed, dropout);
     BLOCKS(i, n) {
         const long long cell = cells ? cells[begin + i] : begin + i;
-        const Cell at = locate(utterances, count, first, cell);
+        const Cell at = locate(utterances, count, spans, cell);
         const Utterance& of = utterances[at.utterance];
         const long long row_begin = of.cells + at.frame * of.width, row_end = row_begin + of.width;
         if (i > 0 && (cells ? cells[begin + i - 1] : cell - 1) >= row_begin) continue;
@@ -149,7 +149,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                 PARALLEL(h, features) hidden_gradient[j * features + h] = Real(0);
             continue;
         }
-        const long long start = first_label(of, first, at.frame);
+        const long long start = first_label(of, spans, at.frame), end = end_label(of, spans, at.frame);
         const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance;
         Real* const sum_out = encoder_gradient + (of.index * gradient_frames + at.frame) * features;
@@ -161,7 +161,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                     const long long other = cells ? cells[begin + j] : begin + j;
                     if (other >= row_end) break;
                     const long long u = start + other - row_begin;
-                    if (u > of.labels) break;
+                    if (u >= end) break;
                     Real* const d = hidden_gradient + j * features + h0;
                     const Hidden* const a = hidden + j * features + h0;
                     const In* const p_u = p + u * predictor_by_label + h0;
@@ -196,7 +196,7 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
 // utterance and label. Utterance `carried` is summed into `carry` (labels, features) instead, for whoever adds it later.
 template <typename Real>
 KERNEL joint_backward_predictor(long long columns, long long n, long long begin, const long long* cells,
-                                const long long* positions, const Utterance* utterances, long long count, const int* first,
+                                const long long* positions, const Utterance* utterances, long long count, const Span* spans,
                                 long long features, const Real* hidden_gradient, Real* predictor_gradient,
                                 long long gradient_labels, long long carried, Real* carry) {
     BLOCKS(item, count * columns) {
@@ -212,8 +212,8 @@ KERNEL joint_backward_predictor(long long columns, long long n, long long begin,
             const int lanes = (int)smaller((long long)COLUMNS, features - h0);
             Real sum[COLUMNS] = {};
             for (long long t = from; t <= to; ++t) {
-                if (!in_row(of, first, t, u)) continue;
-                const long long cell = cell_at(of, first, t, u);
+                if (!in_row(of, spans, t, u)) continue;
+                const long long cell = cell_at(of, spans, t, u);
                 if (cell < low || cell > high || (positions && positions[cell + 1] == positions[cell])) continue;
                 const Real* const d = hidden_gradient + ((positions ? positions[cell] : cell) - begin) * features + h0;
                 SIMD

@@ -12,8 +12,6 @@
 #include "processor.cuh"
 #include "cells.cuh"
 
-enum Topology { REGULAR = 0, MODIFIED = 1, CONSTRAINED = 2 };
-
 // Columns whose step is exchanged in shared memory; a wider lattice exchanges in a scratch row.
 static constexpr long long SHARED_COLUMNS = 1024;
 
@@ -77,14 +75,14 @@ struct BestPath {
 // The arcs out of the cells of one utterance.
 template <typename Real> struct Arcs {
     const Utterance& of;
-    const int* first;
+    const Span* spans;
     const Real* log_blank;
     const Real* log_label;
     int topology;
     Real delay_penalty;
 
-    DEVICE bool has(long long t, long long u) const { return t >= 0 && t < of.frames && u >= 0 && in_row(of, first, t, u); }
-    DEVICE long long cell(long long t, long long u) const { return cell_at(of, first, t, u); }
+    DEVICE bool has(long long t, long long u) const { return t >= 0 && t < of.frames && u >= 0 && in_row(of, spans, t, u); }
+    DEVICE long long cell(long long t, long long u) const { return cell_at(of, spans, t, u); }
 
     // Whether the arc out of (t, u) exists, and whether it ends the lattice.
     DEVICE bool blank_ends(long long t, long long u) const { return t == of.frames - 1 && u == of.labels; }
@@ -111,13 +109,13 @@ template <typename Real> struct Arcs {
 // strictly increasing diagonals, so both ends only ever move one way.
 struct Diagonal {
     long long low, high;
-    DEVICE void forward(const Utterance& of, const int* first, long long step) {
-        while (low < of.frames && low + first_label(of, first, low) + of.width - 1 < step) ++low;
-        while (high < of.frames && high + first_label(of, first, high) <= step) ++high;
+    DEVICE void forward(const Utterance& of, const Span* spans, long long step) {
+        while (low < of.frames && low + end_label(of, spans, low) <= step) ++low;
+        while (high < of.frames && high + first_label(of, spans, high) <= step) ++high;
     }
-    DEVICE void backward(const Utterance& of, const int* first, long long step) {
-        while (high > 0 && high - 1 + first_label(of, first, high - 1) > step) --high;
-        while (low > 0 && low - 1 + first_label(of, first, low - 1) + of.width - 1 >= step) --low;
+    DEVICE void backward(const Utterance& of, const Span* spans, long long step) {
+        while (high > 0 && high - 1 + first_label(of, spans, high - 1) > step) --high;
+        while (low > 0 && low - 1 + end_label(of, spans, low - 1) > step) --low;
     }
 };
 
@@ -138,13 +136,13 @@ DEVICE bool walk(const Arcs<Real>& arcs, bool ahead, typename Semiring::Value* v
         const long long step = ahead ? i : steps - 1 - i;
         Value* const now = buffer + (i & 1) * columns;
         const Value* const before = buffer + (~i & 1) * columns;
-        if (diagonal && ahead) on.forward(of, arcs.first, step);
-        if (diagonal && !ahead) on.backward(of, arcs.first, step);
-        const long long start = diagonal ? on.low : first_label(of, arcs.first, step);
-        const long long end = diagonal ? on.high : smaller(start + of.width, columns);
+        if (diagonal && ahead) on.forward(of, arcs.spans, step);
+        if (diagonal && !ahead) on.backward(of, arcs.spans, step);
+        const long long start = diagonal ? on.low : first_label(of, arcs.spans, step);
+        const long long end = diagonal ? on.high : end_label(of, arcs.spans, step);
         PARALLEL(j, end - start) {
             const long long t = diagonal ? start + j : step, u = diagonal ? step - t : start + j;
-            if (u > of.labels) continue;
+            if (!in_row(of, arcs.spans, t, u)) continue;
             const long long cell = arcs.cell(t, u);
             Value value = Semiring::none();
             if (ahead) {
@@ -177,6 +175,17 @@ DEVICE bool walk(const Arcs<Real>& arcs, bool ahead, typename Semiring::Value* v
     return bad;
 }
 
+// Whether a row ends below 0, or begins or ends before the one above it: no lattice, and its cells are not all met.
+DEVICE bool out_of_order(const Utterance& of, const Span* spans) {
+    bool bad = false;
+    if (spans)
+        PARALLEL(t, of.frames) {
+            const Span now = spans[of.rows + t], before = spans[of.rows + (t > 0 ? t - 1 : 0)];
+            bad |= now.end < 0 || now.first < before.first || now.end < before.end;
+        }
+    return bad;
+}
+
 DEVICE bool block_any(bool mine) { return block_max(mine ? 1 : 0) != 0; }
 
 template <typename Real> DEVICE bool has_path(const Arcs<Real>& arcs) { return arcs.has(0, 0); }
@@ -184,16 +193,17 @@ template <typename Real> DEVICE bool has_path(const Arcs<Real>& arcs) { return a
 // Both directions of every utterance, one block each: item 2b goes ahead, 2b + 1 comes back and knows the loss.
 // scratch: 4 (max labels + 1) values per utterance, or null where no lattice is wider than SHARED_COLUMNS.
 template <typename Real>
-KERNEL lattice_sums(long long count, const Utterance* utterances, const int* first, const Real* log_blank,
+KERNEL lattice_sums(long long count, const Utterance* utterances, const Span* spans, const Real* log_blank,
                     const Real* log_label, long long topology, double delay_penalty, Scaled<Real>* ahead,
                     Scaled<Real>* back, Scaled<Real>* scratch, long long scratch_columns, Real* loss, Real* reported,
                     long long infeasible_as_zero) {
     BLOCKS(item, 2 * count) {
         const long long b = item >> 1;
         const bool forward = (item & 1) == 0;
-        const Arcs<Real> arcs{utterances[b], first, log_blank, log_label, (int)topology, (Real)delay_penalty};
-        const bool bad = block_any(walk<SumOfPaths<Real>>(arcs, forward, forward ? ahead : back,
-                                                         scratch + item * 2 * scratch_columns));
+        const Arcs<Real> arcs{utterances[b], spans, log_blank, log_label, (int)topology, (Real)delay_penalty};
+        bool bad = out_of_order(arcs.of, spans);
+        bad |= walk<SumOfPaths<Real>>(arcs, forward, forward ? ahead : back, scratch + item * 2 * scratch_columns);
+        bad = block_any(bad);
         if (forward || threadIdx.x != 0) continue;
         const double total = has_path(arcs) ? SumOfPaths<Real>::log(back[arcs.cell(0, 0)]) : -infinity<double>();
         const Real value = bad ? nan_value<Real>() : (Real)-total;
@@ -214,7 +224,7 @@ DEVICE Real share(Scaled<Real> from, Scaled<Real> arc, Scaled<Real> to, Scaled<R
 // Occupancy of the two arcs of every cell, one block per lattice row; with `effective`, what the gradient needs: the label
 // arc of `constrained` also takes the blank above it, and FastEmit weighs labels by 1 + lambda.
 template <typename Real>
-KERNEL lattice_occupancy(long long rows, const Utterance* utterances, long long count, const int* first,
+KERNEL lattice_occupancy(long long rows, const Utterance* utterances, long long count, const Span* spans,
                          const Real* log_blank, const Real* log_label, long long topology, double delay_penalty,
                          const Scaled<Real>* ahead, const Scaled<Real>* back, const Real* loss, long long effective,
                          double fastemit_lambda, Real* blank_occupancy, Real* label_occupancy) {
@@ -222,13 +232,13 @@ KERNEL lattice_occupancy(long long rows, const Utterance* utterances, long long 
     BLOCKS(row, rows) {
         const long long b = owner(utterances, count, &Utterance::rows, row);
         const Utterance& of = utterances[b];
-        const Arcs<Real> arcs{of, first, log_blank, log_label, (int)topology, (Real)delay_penalty};
-        const long long t = row - of.rows, start = first_label(of, first, t);
+        const Arcs<Real> arcs{of, spans, log_blank, log_label, (int)topology, (Real)delay_penalty};
+        const long long t = row - of.rows, start = first_label(of, spans, t);
         const bool live = is_finite(loss[of.index]);
         const Scaled<Real> total = live ? back[arcs.cell(0, 0)] : Paths::one();
         PARALLEL(column, of.width) {
             const long long u = start + column, cell = of.cells + t * of.width + column;
-            const bool real = live && u <= of.labels;
+            const bool real = live && in_row(of, spans, t, u);
             Real blank = 0, label = 0;
             if (real && arcs.has_blank(t, u))
                 blank = share(ahead[cell], Paths::arc(arcs.blank(t, u)),
@@ -251,15 +261,15 @@ KERNEL lattice_occupancy(long long rows, const Utterance* utterances, long long 
 // The frame at which the best path emits each label, and the path's log-probability, one block per utterance. Ties take the
 // earliest frames. frames of labels that are not there, or of an utterance without a path, are -1.
 template <typename Real>
-KERNEL lattice_best_path(long long count, const Utterance* utterances, const int* first, const Real* log_blank,
+KERNEL lattice_best_path(long long count, const Utterance* utterances, const Span* spans, const Real* log_blank,
                          const Real* log_label, long long topology, double delay_penalty, double* ahead, double* scratch,
                          long long scratch_columns, long long* frames, long long frames_columns, double* score) {
     BLOCKS(b, count) {
-        const Arcs<Real> arcs{utterances[b], first, log_blank, log_label, (int)topology, (Real)delay_penalty};
+        const Arcs<Real> arcs{utterances[b], spans, log_blank, log_label, (int)topology, (Real)delay_penalty};
         const Utterance& of = arcs.of;
         double* const row = scratch + b * 2 * scratch_columns;
         // Comes back first, only to learn whether a weight is bad: the way ahead does not visit every arc.
-        const bool bad = block_any(walk<BestPath>(arcs, false, ahead, row));
+        const bool bad = block_any(walk<BestPath>(arcs, false, ahead, row) | out_of_order(of, spans));
         const double best = has_path(arcs) ? ahead[arcs.cell(0, 0)] : -infinity<double>();
         __syncthreads();
         walk<BestPath>(arcs, true, ahead, row);

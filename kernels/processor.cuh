@@ -212,18 +212,18 @@ DEVICE double error_function(double x) { return __builtin_erf(x); }
 DEVICE void prefetch(const void*) {}
 #endif
 
-// Reductions over the block; every thread gets the result. Blocks are whole warps of 32. Each is a barrier too: what a
-// thread read before it, another may overwrite after it.
+struct Sum { template <typename T> static DEVICE T of(T a, T b) { return a + b; } };
+struct Max { template <typename T> static DEVICE T of(T a, T b) { return larger(a, b); } };
+
+// Over the block: block_reduce gives every thread the result, block_scan what the threads up to this one make. Blocks are
+// whole warps of 32. Each is a barrier too: what a thread read before it, another may overwrite after it.
 #if defined(HOST)
-template <typename T> DEVICE T block_sum(T value) { return value; }
-template <typename T> DEVICE T block_max(T value) { return value; }
+template <typename Combine, typename T> DEVICE T block_reduce(T value) { return value; }
+template <typename Combine, typename T> DEVICE T block_scan(T value) { return value; }
 #else
 #if defined(__CUDACC__)
 template <typename T> DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 #endif
-
-struct Sum { template <typename T> static DEVICE T of(T a, T b) { return a + b; } };
-struct Max { template <typename T> static DEVICE T of(T a, T b) { return larger(a, b); } };
 
 template <typename Combine, typename T> DEVICE T block_reduce(T value) {
     SHARED(T, of_warp, 32);
@@ -240,6 +240,19 @@ template <typename Combine, typename T> DEVICE T block_reduce(T value) {
     }
     return value;
 }
+
+template <typename Combine, typename T> DEVICE T block_scan(T value) {
+    SHARED(T, results, 1024);
+    results[threadIdx.x] = value;
+    __syncthreads();
+    for (int reach = 1; reach < (int)blockDim.x; reach *= 2) {
+        const T before = (int)threadIdx.x >= reach ? results[threadIdx.x - reach] : value;
+        __syncthreads();
+        if ((int)threadIdx.x >= reach) results[threadIdx.x] = Combine::of(before, results[threadIdx.x]);
+        __syncthreads();
+    }
+    return results[threadIdx.x];
+}
+#endif
 template <typename T> DEVICE T block_sum(T value) { return block_reduce<Sum>(value); }
 template <typename T> DEVICE T block_max(T value) { return block_reduce<Max>(value); }
-#endif

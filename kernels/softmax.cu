@@ -92,24 +92,11 @@ DEVICE void arcs_of_row(const R row, long long classes, long long blank, long lo
     }
 }
 
-// targets[b, u], or -1 past the last label. A label outside [0, classes) makes the cell invalid.
-template <typename Label>
-DEVICE long long target_of(const Utterance& of, const void* targets, long long by_utterance, long long by_label, long long label) {
-    if (label >= of.labels) return -1;
-    return (long long)((const Label*)targets)[of.index * by_utterance + label * by_label];
-}
-
-DEVICE long long target_of(const Utterance& of, const void* targets, long long wide, long long by_utterance,
-                           long long by_label, long long label) {
-    return wide ? target_of<long long>(of, targets, by_utterance, by_label, label)
-                : target_of<int>(of, targets, by_utterance, by_label, label);
-}
-
 // Cells [begin, begin + n) of the group, one block each. Logits of cell (b, t, u): with `packed`, row (cell - begin) of
 // stride by_label; else at b, t, u - first_t of the batch tensor. All strides count elements. `bias` (V,), or null, is added
 // to the logits; it comes with dense rows.
 template <typename T>
-KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances, long long count, const int* first,
+KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances, long long count, const Span* spans,
                        T* logits, long long packed, long long by_utterance, long long by_frame, long long by_label,
                        long long by_class, long long classes, const Compute<T>* bias, const void* targets,
                        long long wide_targets, long long targets_by_utterance, long long targets_by_label,
@@ -118,9 +105,9 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
     typedef Compute<T> Real;
     BLOCKS(i, n) {
         const long long cell = begin + i;
-        const Cell at = locate(utterances, count, first, cell);
+        const Cell at = locate(utterances, count, spans, cell);
         const Utterance& of = utterances[at.utterance];
-        const bool real = at.label <= of.labels;
+        const bool real = at.label < end_label(of, spans, at.frame);
         const long long target =
             real ? target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label) : -1;
         // A target read from the device may be anything; past the last label it is -1 by definition.
@@ -130,7 +117,7 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
         }
         T* start = packed ? logits + i * by_label
                           : logits + of.index * by_utterance + at.frame * by_frame +
-                                (at.label - first_label(of, first, at.frame)) * by_label;
+                                (at.label - first_label(of, spans, at.frame)) * by_label;
         const auto work = [&](auto row) {
             arcs_of_row(row, classes, blank, target, (int)distribution, keep != 0, log_blank + cell, log_label + cell,
                         normaliser + cell);
@@ -188,7 +175,7 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
 // kept of the group's, in the cell's row.
 template <typename T, typename G>
 KERNEL softmax_backward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
-                        const int* first, const T* logits, long long kept, long long classes, const Compute<T>* bias,
+                        const Span* spans, const T* logits, long long kept, long long classes, const Compute<T>* bias,
                         const void* targets, long long wide_targets, long long targets_by_utterance,
                         long long targets_by_label, long long blank, long long distribution, const Compute<T>* normaliser,
                         const Compute<T>* blank_occupancy, const Compute<T>* label_occupancy, const Compute<T>* weights,
@@ -196,12 +183,11 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
     typedef Compute<T> Real;
     BLOCKS(i, n) {
         const long long cell = cells ? cells[begin + i] : begin + i;
-        const Cell at = locate(utterances, count, first, cell);
+        const Cell at = locate(utterances, count, spans, cell);
         const Utterance& of = utterances[at.utterance];
         const Real weight = weights ? weights[of.index] * Real(constant_weight) : Real(constant_weight);
         // An utterance of weight 0 or of zero occupancy may hold NaN: neither its logits nor its targets are looked at.
-        const bool none = at.label > of.labels || weight == Real(0) ||
-                          (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
+        const bool none = weight == Real(0) || (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
         const Real blank_share = none ? Real(0) : weight * blank_occupancy[cell];
         const Real label_share = none ? Real(0) : weight * label_occupancy[cell];
         const long long target =
@@ -221,7 +207,7 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
 // Gradient of the caller's own logits, one block per row: of a (B, frames, columns, V) tensor, padding included, which gets
 // zeros; or of the packed (cells, V). May be written over the logits, row by row.
 template <typename T>
-KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long long count, const int* first, long long frames,
+KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long long count, const Span* spans, long long frames,
                        long long columns, const T* logits, long long packed, long long by_utterance, long long by_frame,
                        long long by_label, long long by_class, long long classes, const void* targets,
                        long long wide_targets, long long targets_by_utterance, long long targets_by_label, long long blank,
@@ -230,13 +216,13 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
                        long long out_by_utterance, long long out_by_frame, long long out_by_label, long long out_by_class) {
     typedef Compute<T> Real;
     BLOCKS(i, n) {
-        const Cell at = packed ? locate(utterances, count, first, i)
+        const Cell at = packed ? locate(utterances, count, spans, i)
                                : Cell{i / (frames * columns), i / columns % frames, i % columns};
         const Utterance& of = utterances[at.utterance];
-        const long long start = packed || at.frame >= of.frames ? 0 : first_label(of, first, at.frame);
+        const long long start = packed || at.frame >= of.frames ? 0 : first_label(of, spans, at.frame);
         const long long column = packed ? 0 : at.label, label = at.label + start;
         const long long cell = packed ? i : of.cells + at.frame * of.width + column;
-        const bool real = at.frame < of.frames && label <= of.labels && column < of.width;
+        const bool real = at.frame < of.frames && column < of.width && label < end_label(of, spans, at.frame);
         const Real weight = weights && real ? weights[of.index] : Real(1);
         const bool none = !real || weight == Real(0) || (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
         const Real blank_share = none ? Real(0) : weight * blank_occupancy[cell];

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 import transducer_loss as tl
 from emulation import Driver, Emulated, EmulatedAsOnCuda, Plain, PlainAsOnCuda, running_on
-from transducer_loss import joint_loss, lattice, logits_loss, softmax
+from transducer_loss import band, joint_loss, lattice, logits_loss, pruning, simple_loss, softmax
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.cells import Cells
 from transducer_loss.joint import ACTIVATIONS
@@ -57,7 +58,11 @@ class Case:
 
     def on(self, processor: Host) -> list[Array]:
         """What the call returns on a processor."""
-        with running_on(processor):
+        with running_on(processor), pytest.MonkeyPatch.context() as patch:
+            for module in (simple_loss, pruning, band):
+                patch.setattr(module, "processor_for", lambda *_: processor)
+            # Three small utterances at a time, where CUDA would take all.
+            patch.setattr(simple_loss, "_TASK_BYTES", 8_000)
             return [array.copy() for array in arrays_of(self.run())]
 
 
@@ -243,6 +248,101 @@ def band_of_logits(*arguments: Any, topology: str = "regular") -> Any:
     return native, gradient, frames, score
 
 
+def simple_case(
+    name: str, *, block: int = 64, cuda: bool = False, frames: list[int] = FRAMES, lengths: list[int] = LABELS,
+    classes: int = 70, dtype: str = "float32", scale: float = 1.5, value: float | None = None, shared: bool = False,
+    options: dict[str, Any] | None = None, seed: int = 0,
+) -> Case:  # fmt: skip
+    """The loss of the simple joiner. Inputs are slices of something wider; padding holds NaN, but where it counts (`shared`)."""
+    rng = np.random.default_rng(seed)
+    am = rng.normal(0, scale, (len(frames), max(frames), classes + 3))
+    lm = rng.normal(0, scale, (len(frames), max(lengths) + 1, classes + 1))
+    for b, (count, length) in enumerate(zip(frames, lengths, strict=True)):
+        if not shared:
+            am[b, count:] = lm[b, length + 1 :] = np.nan
+    if value is not None:
+        am[0, 1, 2] = value
+    kind = numpy_dtype(dtype)
+    arguments = (
+        frozen(am.astype(kind))[..., :classes], frozen(lm.astype(kind))[..., 1:], labels(rng, frames, lengths, classes), frames,
+        lengths,
+    )  # fmt: skip
+    given = options or {}
+    run = functools.partial(tl.simple_rnnt_loss, *arguments, **given)
+    if shared:
+        run = functools.partial(_simple_as_k2, *arguments, **given)
+    return Case(name, run, block, cuda, rounding=COMPUTE[dtype])
+
+
+def _simple_as_k2(*arguments: Any, weights: Any = None, **options: Any) -> Any:
+    """With one unigram for the batch, as the stand-in for k2 asks for it."""
+    defaults = {"blank": 0, "topology": "regular", "fastemit_lambda": 0.0, "delay_penalty": 0.0, "infeasible": "inf"}
+    of = simple_loss.problem(*arguments, shared_unigram=True, **{**defaults, **options})
+    return simple_loss.forward(of, logits_loss.weights_of(of, weights))
+
+
+def occupancy_of(frames: list[int], lengths: list[int], topology: str, dtype: str, seed: int = 0) -> tl.Occupancy:
+    """Of a random lattice, in sums that no order of adding changes."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (len(frames), max(frames), max(lengths) + 1, 5))
+    posterior = tl.occupancy(logits, rng.integers(0, 5, (len(frames), max(lengths))), frames, lengths, topology=topology)
+    pair = (frozen((np.rint(4096 * array) / 4096).astype(numpy_dtype(dtype))) for array in (posterior.blank, posterior.label))
+    return tl.Occupancy(*pair, posterior.loss)
+
+
+def prune_case(
+    name: str, strategy: str, topology: str = "regular", *, block: int = 64, dtype: str = "float32", s_range: int = 2,
+    frames: list[int] = FRAMES, lengths: list[int] = LABELS, as_k2: bool = False, seed: int = 0,
+) -> Case:  # fmt: skip
+    """A band of occupancies."""
+    posterior = occupancy_of(frames, lengths, topology, dtype, seed)
+    options = {"s_range": s_range, "strategy": strategy, "topology": topology, "as_k2": as_k2}
+    return Case(name, lambda: pruning.pruned(posterior, frames, lengths, **options), block, rounding=COMPUTE[dtype])
+
+
+def some_band(frames: list[int], lengths: list[int], s_range: int, topology: str, seed: int = 0) -> tl.Band:
+    """Made on the host, whatever a case runs on."""
+    return tl.prune(occupancy_of(frames, lengths, topology, "float64", seed), frames, lengths, s_range=s_range, topology=topology)
+
+
+def gather_case(
+    name: str, backward: bool, *, block: int = 64, dtype: str = "float32", features: int = 70, frames: list[int] = FRAMES,
+    lengths: list[int] = LABELS, s_range: int = 3, seed: int = 0,
+) -> Case:  # fmt: skip
+    """Rows of the predictor that belong to a band, or their gradient back."""
+    of, rng = some_band(frames, lengths, s_range, "regular", seed), np.random.default_rng(seed)
+    columns = max(lengths) + 1
+    if not backward:
+        rows = frozen(rng.normal(size=(len(frames), columns, features + 1)).astype(numpy_dtype(dtype)))[..., 1:]
+        return Case(name, lambda: tl.gather_predictor(rows, of), block)
+    gradient = frozen(rng.normal(size=(len(frames), max(frames), of.width, features + 2)).astype(numpy_dtype(dtype)))[..., 2:]
+    return Case(name, lambda: tl.gather_predictor_backward(gradient, of, columns), block, rounding=COMPUTE[dtype])
+
+
+def within(of: tl.Band, function: Callable[..., Any], packed: bool = False) -> Callable[..., Any]:
+    """A function of logits (B, T, columns, V), for the first columns of which a band is."""
+
+    def call(logits: Array, *others: Any, **options: Any) -> Any:
+        rows = logits[:, :, : of.width]
+        if packed:
+            cells = zip(rows, of.frames, np.minimum(of.width, of.labels + 1), strict=True)
+            rows = np.concatenate([utterance[:count, :width].reshape(-1, logits.shape[3]) for utterance, count, width in cells])
+        return function(np.nan_to_num(rows), *others, band=of, **options)
+
+    return call
+
+
+# Two utterances with a band from k2, one of an alignment whose rows end early, and one that nobody checked.
+BANDS = {
+    "pruned": some_band([5, 4], [4, 1], 3, "regular"),
+    "aligned": tl.Band.from_alignment([[0, 2, 2, 4], [1, -1, -1, -1]], [5, 4], [4, 1], 1, 1),
+}
+BANDS["unordered"] = dataclasses.replace(
+    BANDS["pruned"], first=np.array([[0, 2**31 - 1, -9, 1, 2], [0, 0, 0, 0, -9]], np.int32),
+    end=np.array([[3, -1, 2**31 - 1, 99, 0], [2, 2, 2, 2, 5]], np.int32),
+)  # fmt: skip
+
+
 def _cases() -> list[Case]:
     tiniest = {"frames": [1], "lengths": [1]}
     wide = {"frames": [3, 2], "lengths": [69, 4]}
@@ -309,7 +409,73 @@ def _cases() -> list[Case]:
         *(make(f"{name}-band-{topology}", call=call, options={"topology": topology}, frames=[5, 4], lengths=[4, 1])
           for name, make, call in (("joint", joint_case, band_of_joint), ("logits", logits_case, band_of_logits))
           for topology in topologies),
+        *_simple_cases(tiniest, every),
+        *_band_cases(tiniest),
     ]  # fmt: skip
+
+
+def _simple_cases(tiniest: dict[str, Any], every: dict[str, Any]) -> list[Case]:
+    smoothed = {"lm_only_scale": 0.2, "am_only_scale": 0.3}
+    # More labels than a block has threads, of two kinds.
+    wide = {"frames": [3, 2], "lengths": [69, 4], "classes": 3}
+    return [
+        *(simple_case(f"simple-{dtype}", dtype=dtype, options={**smoothed, **every}) for dtype in FLOATS),
+        *(simple_case(f"simple-block-{block}", block=block, options=smoothed) for block in (32, 128)),
+        simple_case("simple-block-1024", block=1024, classes=3, options=smoothed, **tiniest),
+        *(simple_case(f"simple-{topology}", options={"topology": topology, "infeasible": "zero", **every})
+          for topology in ("regular", "modified", "constrained")),
+        # Where products of exponentials underflow, in some cells.
+        *(simple_case(f"simple-far-apart-{dtype}", dtype=dtype, scale=scale, classes=9, options=options)
+          for dtype, scale, options in (("float32", 60.0, smoothed), ("float16", 60.0, {}), ("float64", 600.0, {"blank": -1}))),
+        simple_case("simple-lm-alone", options={"lm_only_scale": 1.0}),
+        simple_case("simple-am-alone", options={"am_only_scale": 1.0}),
+        simple_case("simple-no-gradient", options={"gradient": False, **smoothed}),
+        simple_case("simple-nan", value=np.nan, options=smoothed),
+        simple_case("simple-impossible", value=-np.inf, options=smoothed),
+        simple_case("simple-one-class", dtype="float64", classes=1, frames=[2, 1], lengths=[1, 1], options=smoothed),
+        simple_case("simple-wide", block=32, options=smoothed, **wide),
+        *(simple_case(f"simple-shared-{dtype}", dtype=dtype, shared=True, classes=40, options={**smoothed, "weights": [1.0, 0.0, -1.0, 2.0]})
+          for dtype in ("float32", "float64")),
+        *(simple_case(f"simple-{dtype}-as-on-cuda", dtype=dtype, cuda=True, options={**smoothed, **every})
+          for dtype in ("float32", "bfloat16")),
+        simple_case("simple-no-gradient-as-on-cuda", cuda=True, options={"gradient": False}),
+    ]  # fmt: skip
+
+
+def _band_cases(tiniest: dict[str, Any]) -> list[Case]:
+    topologies, shape = ("regular", "modified", "constrained"), {"frames": [5, 4], "lengths": [4, 1]}
+    long = {"frames": [70, 3], "lengths": [40, 4]}
+    return [
+        *(prune_case(f"prune-{strategy}-{topology}", strategy, topology, dtype=dtype)
+          for strategy in pruning.STRATEGIES for topology, dtype in zip(topologies, ("float64", "float32", "float64"), strict=True)),
+        *(prune_case(f"prune-{dtype}", "optimal", dtype=dtype, s_range=3) for dtype in FLOATS),
+        *(prune_case(f"prune-block-{block}", "optimal", block=block) for block in (32, 128)),
+        prune_case("prune-block-1024", "optimal", block=1024, **tiniest),
+        *(prune_case(f"prune-long-{topology}", "optimal", topology, block=32, s_range=4, **long) for topology in topologies),
+        *(prune_case(f"prune-as-k2-{topology}", "local", topology, as_k2=True) for topology in topologies[:2]),
+        *(gather_case(f"gather{'-backward' * backward}-{dtype}", backward, dtype=dtype)
+          for backward in (False, True) for dtype in FLOATS),
+        *(gather_case(f"gather{'-backward' * backward}-block-{block}", backward, block=block, features=5)
+          for backward in (False, True) for block in (32, 128)),
+        *(gather_case(f"gather{'-backward' * backward}-block-1024", backward, block=1024, features=5, **tiniest)
+          for backward in (False, True)),
+        *(joint_case(f"joint-{name}", cuda=cuda, options={"band": of, "topology": topology, "dropout": 0.2}, **shape)
+          for (name, of), topology, cuda in zip(BANDS.items(), topologies, (True, False, False), strict=True)),
+        *(logits_case(f"logits-{name}{'-packed' * packed}", call=within(of, tl.rnnt_loss, packed),
+                      options={"topology": topology, "fastemit_lambda": 0.2}, **shape)
+          for (name, of), topology in zip(BANDS.items(), topologies, strict=True) for packed in (False, True)),
+        *(logits_case(f"align-{name}", call=within(of, tl.align), dtype="float64", **shape) for name, of in BANDS.items()),
+        *(joint_case(f"occupancy-{name}", call=tl.occupancy, options={"band": of}, **shape) for name, of in BANDS.items()),
+        gather_case_of("gather-unordered", BANDS["unordered"]),
+    ]  # fmt: skip
+
+
+def gather_case_of(name: str, of: tl.Band) -> Case:
+    """Both ways of a band that is out of order: what it does not have is not touched."""
+    rng = np.random.default_rng(0)
+    rows = frozen(rng.normal(size=(2, 5, 7)))
+    gradient = frozen(rng.normal(size=(2, 5, of.width, 7)))
+    return Case(name, lambda: (tl.gather_predictor(rows, of), tl.gather_predictor_backward(gradient, of, 5)))
 
 
 CASES = _cases()

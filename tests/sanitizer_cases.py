@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 import transducer_loss as tl
-from transducer_loss import joint_loss, logits_loss
+from transducer_loss import joint_loss, logits_loss, simple_loss
 from transducer_loss.arrays import FLOATS, numpy_dtype
 from transducer_loss.check import _least_workspace
 from transducer_loss.checks import TOPOLOGIES
 from transducer_loss.joint import ACTIVATIONS
+from transducer_loss.pruning import STRATEGIES
 
 Case = tuple[str, Callable[[], Any]]
 ToDevice = Callable[[Any], Any]
@@ -52,6 +53,74 @@ def make(
     return (to_device(logits), *integers), (*map(to_device, joint), *integers)
 
 
+def make_simple(
+    to_device: ToDevice, dtype: str = "float32", frames: tuple[int, ...] = (5, 1, 4), labels: tuple[int, ...] = (3, 0, 2),
+    classes: int = 37, scale: float = 1.0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `simple_rnnt_loss`: ragged, NaN in the padding."""
+    rng = np.random.default_rng(1)
+    am, lm = (rng.normal(0, scale, (len(frames), rows, classes)) for rows in (max(frames), max(labels) + 1))
+    for b in range(len(frames)):
+        am[b, frames[b] :] = lm[b, labels[b] + 1 :] = np.nan
+    targets = rng.integers(1, classes, (len(frames), max(labels)))
+    kind = numpy_dtype(dtype)
+    return to_device(am.astype(kind)), to_device(lm.astype(kind)), targets, list(frames), list(labels)
+
+
+def pruned_cases(to_device: ToDevice) -> Iterator[Case]:
+    """The simple loss, bands of its occupancies, and losses within them."""
+    rng = np.random.default_rng(2)
+    for topology, dtype in itertools.product(TOPOLOGIES, FLOATS):
+        name, simple = f"{topology} {dtype}", make_simple(to_device, dtype)
+        for lm_only, am_only in ((0.0, 0.0), (0.25, 0.125), (1.0, 0.0)):
+            scales = {"lm_only_scale": lm_only, "am_only_scale": am_only, "topology": topology, "fastemit_lambda": 0.1}
+            yield f"simple_rnnt_loss {name} {lm_only} {am_only}", functools.partial(tl.simple_rnnt_loss, *simple, **scales)
+        yield f"simple_rnnt_loss {name}, loss alone", functools.partial(tl.simple_rnnt_loss, *simple, gradient=False)
+        _, _, occupancy = tl.simple_rnnt_loss(*simple, topology=topology)
+        for strategy in STRATEGIES:
+            yield f"prune {name} {strategy}", functools.partial(_mass, occupancy, *simple[3:], strategy, topology)
+        band = tl.prune(occupancy, *simple[3:], s_range=3, strategy="optimal", topology=topology)
+        logits, joint = make(to_device, dtype)
+        rows = to_device(rng.normal(size=(3, 5, band.width, 37)).astype(numpy_dtype(dtype)))
+        call = functools.partial(tl.joint_rnnt_loss, *joint, topology=topology, band=band)
+        yield f"rnnt_loss {name}, band", functools.partial(tl.rnnt_loss, rows, *logits[1:], topology=topology, band=band)
+        yield f"joint_rnnt_loss {name}, band", call
+        yield f"joint_rnnt_loss {name}, band, small tiles", functools.partial(_in_small_tiles, call)
+        yield f"joint_rnnt_loss {name}, band, every cell", functools.partial(call, occupancy_floor=0.0, dropout=0.2)
+        yield f"occupancy {name}, band", functools.partial(_posterior, *joint, topology=topology, band=band)
+        yield f"align {name}, band", functools.partial(_best_score, rows, *logits[1:], topology=topology, band=band)
+        yield f"gather {name}", functools.partial(_there_and_back, joint[1], band)
+    shared = {"shared_unigram": True, "lm_only_scale": 0.25, "am_only_scale": 0.125}
+    for dtype in FLOATS:
+        finite = make_simple(to_device, dtype, (5, 5, 5), (3, 3, 3))
+        yield f"simple_rnnt_loss {dtype}, shared unigram", functools.partial(_simple, *finite, **shared)
+    yield "simple_rnnt_loss, far apart", functools.partial(tl.simple_rnnt_loss, *make_simple(to_device, scale=100.0))
+    for name, sizes in {
+        "many classes": ((2, 3), (1, 2), 2100), "wide lattice": ((3,), (1100,), 3), "one cell": ((1,), (0,), 1),
+        "many frames": ((1500, 2), (3, 1), 4),
+    }.items():  # fmt: skip
+        simple = make_simple(to_device, "float32", *sizes)
+        yield f"simple_rnnt_loss, {name}", functools.partial(tl.simple_rnnt_loss, *simple, lm_only_scale=0.25, am_only_scale=0.125)
+        _, _, occupancy = tl.simple_rnnt_loss(*simple)
+        for strategy in STRATEGIES:
+            yield f"prune, {name}, {strategy}", functools.partial(_mass, occupancy, *simple[3:], strategy)
+
+
+def _simple(*arguments: Any, **options: Any) -> Any:
+    return simple_loss.forward(simple_loss.problem(
+        *arguments, blank=0, topology="regular", fastemit_lambda=0.0, delay_penalty=0.0, infeasible="inf", **options
+    )).loss  # fmt: skip
+
+
+def _mass(occupancy: Any, frames: list[int], labels: list[int], strategy: str, topology: str = "regular") -> Any:
+    return tl.prune(occupancy, frames, labels, s_range=2, strategy=strategy, topology=topology).mass
+
+
+def _there_and_back(rows: Any, band: tl.Band) -> Any:
+    gathered = tl.gather_predictor(rows, band)  # none of the padding's NaN
+    return tl.gather_predictor_backward(gathered, band, rows.shape[1])
+
+
 def regular_cases(to_device: ToDevice) -> Iterator[Case]:
     """Both losses in all their forms."""
     for topology, dtype in itertools.product(TOPOLOGIES, FLOATS):
@@ -74,12 +143,12 @@ def _in_small_tiles(call: Callable[..., Any]) -> Any:
     return call(workspace=_least_workspace(call))
 
 
-def _posterior(*arguments: Any, topology: str) -> Any:
-    return tl.occupancy(*arguments, topology=topology).loss
+def _posterior(*arguments: Any, **options: Any) -> Any:
+    return tl.occupancy(*arguments, **options).loss
 
 
-def _best_score(*arguments: Any, topology: str = "regular") -> Any:
-    return tl.align(*arguments, topology=topology).score
+def _best_score(*arguments: Any, **options: Any) -> Any:
+    return tl.align(*arguments, **options).score
 
 
 def _later(joint: tuple[Any, ...], topology: str) -> Any:
@@ -111,6 +180,15 @@ def special_cases(to_device: ToDevice, on_host: bool) -> Iterator[Case]:
         bad = to_device(np.array([[36, 37, 1 << 40], [0, 0, 0], [-1, 1, 1]]))
         yield "labels out of range", functools.partial(_some_nan, tl.rnnt_loss, values, bad, *integers[1:])
         yield "labels out of range, joint", functools.partial(_some_nan, tl.joint_rnnt_loss, *joint[:4], bad, *integers[1:])
+        am, lm, *_ = make_simple(to_device)
+        yield "labels out of range, simple", functools.partial(_some_nan, tl.simple_rnnt_loss, am, lm, bad, *integers[1:])
+    first = np.array([[0, 2**31 - 1, -9, 1, 0], [0] * 5, [3, 1, -(2**31), 0, 0]], np.int32)
+    band = tl.Band(to_device(first), to_device(np.array([[3, 0, 4, 1, 2], [1] * 5, [0, 3, 99, 1, 1]], np.int32)), 3,
+                   np.array([5, 1, 4]), np.array([3, 0, 2]), 3)  # fmt: skip
+    rows = to_device(np.zeros((3, 5, 3, 37), np.float32))
+    yield "band out of order", functools.partial(_some_nan, tl.rnnt_loss, rows, *integers, band=band)
+    yield "band out of order, joint", functools.partial(_some_nan, tl.joint_rnnt_loss, *joint, band=band)
+    yield "band out of order, gather", functools.partial(_there_and_back, to_device(np.zeros((3, 4, 19), np.float32)), band)
     for name, sizes in {
         "many classes": ((2, 3), (1, 2), 2100, 5),
         "wide lattice": ((3,), (1100,), 3, 4),
@@ -123,11 +201,12 @@ def special_cases(to_device: ToDevice, on_host: bool) -> Iterator[Case]:
         yield f"{name}, alignment", functools.partial(_best_score, *logits)
 
 
-def _some_nan(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The loss of the one utterance whose labels are in range; the others must be NaN."""
-    loss = function(*arguments)[0].get()
+def _some_nan(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The loss of the one utterance whose labels, or band, are in range; the others must be NaN."""
+    loss = function(*arguments, **options)[0]
+    loss = loss.get() if hasattr(loss, "get") else loss
     if np.isnan(loss).tolist() != [True, False, True]:
-        raise AssertionError(f"losses of labels out of range: {loss}")
+        raise AssertionError(f"losses of what is out of range: {loss}")
     return loss[1:2]
 
 
@@ -162,7 +241,7 @@ def main() -> None:
         fault(arguments.fault)
         return
     count = 0
-    for name, call in itertools.chain(regular_cases(to_device), special_cases(to_device, on_host)):
+    for name, call in itertools.chain(regular_cases(to_device), pruned_cases(to_device), special_cases(to_device, on_host)):
         result = call()
         loss = result[0] if isinstance(result, tuple) else result
         if not np.isfinite(loss.get() if hasattr(loss, "get") else loss).all():

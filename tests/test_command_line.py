@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import transducer_loss
-from transducer_loss import check, info, processors
+from transducer_loss import check, check_cases, info, processors
 
 MAIN = "import sys; from transducer_loss.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
@@ -78,7 +78,7 @@ def test_check_as_json_is_one_object_and_nothing_else() -> None:
     found = json.loads(done.stdout)
     assert (found["device"], found["passed"], found["failed"]) == ("cpu", True, 0)
     called = {(row["function"], row["topology"], row["dtype"], row["variant"]) for row in found["rows"]}
-    assert len(called) == len(found["rows"]) == 3 * 4 * (5 + 4)  # topologies, dtypes, variants of either loss
+    assert len(called) == len(found["rows"]) == 3 * 4 * (6 + 5 + 4)  # topologies, dtypes, variants of each loss
     # An error of exactly zero everywhere would mean that the reference was compared with itself.
     assert all(0 < row["gradient_error"] <= row["gradient_budget"] for row in found["rows"])
     assert "checking joint_rnnt_loss constrained hat" in done.stderr
@@ -101,7 +101,7 @@ def test_works_without_rich_and_cupy() -> None:
     done = python(WITHOUT_RICH_AND_CUPY, "check", *QUICK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
-    assert done.stdout.splitlines()[-1] == "cpu: 15 of 15 passed"
+    assert done.stdout.splitlines()[-1] == "cpu: 18 of 18 passed"
 
     done = python(WITHOUT_RICH_AND_CUPY, "check", "--device", "cuda:0", "--json", *QUICK)
     assert (done.returncode, done.stdout) == (2, "")
@@ -201,7 +201,7 @@ def raises(*_: Any) -> Any:
 def test_a_slightly_wrong_loss_fails_every_row(spoil: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failing("rnnt_loss")
     monkeypatch.setattr(transducer_loss, "rnnt_loss", wrong("rnnt_loss", spoil))
-    assert len(failing("rnnt_loss")) == 3 * len(check.VARIANTS)
+    assert len(failing("rnnt_loss")) == 3 * len(check_cases.VARIANTS_OF["rnnt_loss"])
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_every_gradient_of_the_joint_is_compared(
         return loss, SimpleNamespace(**changed)
 
     monkeypatch.setattr(transducer_loss, "joint_rnnt_loss", wrong("joint_rnnt_loss", spoil))
-    assert len(failing("joint_rnnt_loss", dtype)) == 3 * (len(check.VARIANTS) - 1)
+    assert len(failing("joint_rnnt_loss", dtype)) == 3 * len(check_cases.VARIANTS_OF["joint_rnnt_loss"])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_both_ways_of_the_joint_are_compared(small: bool, monkeypatch: pytest.Mo
         return (loss * 1.001 if (options["workspace"] is not None) == small else loss), grads
 
     monkeypatch.setattr(transducer_loss, "joint_rnnt_loss", wrong("joint_rnnt_loss", spoil))
-    assert len(failing("joint_rnnt_loss")) == 3 * (len(check.VARIANTS) - 1)
+    assert len(failing("joint_rnnt_loss")) == 3 * len(check_cases.VARIANTS_OF["joint_rnnt_loss"])
 
 
 def test_a_failing_check_is_status_1() -> None:
@@ -263,7 +263,7 @@ sys.exit(main(sys.argv[1:]))
     done = python(code, "check", "--device", "cpu", *QUICK, "--json")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert (found["passed"], found["failed"]) == (False, 10)
+    assert (found["passed"], found["failed"]) == (False, 12)
     verdicts = {(row["topology"], row["passed"], row["problem"], row["loss_error"] is None) for row in found["rows"]}
     assert verdicts == {
         ("regular", True, "", False),
@@ -274,7 +274,7 @@ sys.exit(main(sys.argv[1:]))
     done = python(code, "check", "--device", "cpu", *QUICK)
     assert done.returncode == 1
     assert "FAILED" in done.stdout
-    assert done.stdout.splitlines()[-1] == "cpu: 5 of 15 passed"
+    assert done.stdout.splitlines()[-1] == "cpu: 6 of 18 passed"
 
 
 def test_every_loss_is_checked() -> None:

@@ -12,16 +12,29 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import transducer_loss as tl
 from emulation import (
     SANITIZERS,
     Builds,
     Driver,
 )
-from emulation_cases import CASES, Case, expect_equal, joint_case, logits_case
+from emulation_cases import (
+    CASES,
+    Case,
+    expect_equal,
+    gather_case,
+    joint_case,
+    logits_case,
+    prune_case,
+    simple_case,
+    some_band,
+    within,
+)
 from transducer_loss import engine, tiling
 from transducer_loss.arrays import FLOATS
 from transducer_loss.joint import ACTIVATIONS
 from transducer_loss.processors import host_library
+from transducer_loss.pruning import STRATEGIES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
@@ -98,13 +111,35 @@ def cases(draw: st.DrawFn) -> Case:
         "weights": draw(st.none() | st.lists(st.sampled_from([0.0, 1.0, -2.0]), min_size=batch, max_size=batch)),
     }
     block = draw(st.sampled_from([32, 64, 96]))
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from(["logits", "joint", "simple", "prune", "gather"]))
+    lattice = {name: shape[name] for name in ("frames", "lengths", "seed")}
+    band = None
+    if draw(st.booleans()) and kind in ("logits", "joint"):
+        band = some_band(shape["frames"], shape["lengths"], draw(st.integers(1, 6)), options["topology"], shape["seed"])
+    if kind == "simple":
+        lm_only = draw(st.sampled_from([0.0, 0.25, 1.0]))
+        am_only = draw(st.sampled_from([0.0, 0.25])) if lm_only < 1 else 0.0
+        smoothed = {**options, "lm_only_scale": lm_only, "am_only_scale": am_only}
+        scale = draw(st.sampled_from([1.0, 60.0]))
+        return simple_case("fuzz", block=block, cuda=draw(st.booleans()), scale=scale, options=smoothed, **shape)
+    if kind == "prune":
+        strategy, s_range = draw(st.sampled_from(STRATEGIES)), draw(st.integers(1, 6))
+        return prune_case("fuzz", strategy, options["topology"], block=block, dtype=shape["dtype"], s_range=s_range, **lattice)
+    if kind == "gather":
+        features, s_range = draw(st.integers(1, 70)), draw(st.integers(1, 6))
+        of_gather = {"block": block, "dtype": shape["dtype"], "features": features, "s_range": s_range}
+        return gather_case("fuzz", draw(st.booleans()), **of_gather, **lattice)
+    if kind == "logits":
+        if band is not None:
+            call = within(band, tl.rnnt_loss, draw(st.booleans()))
+            return logits_case("fuzz", block=block, call=call, options=options, **shape)
         layout = draw(st.sampled_from(["padded", "packed", "strided"]))
         return logits_case("fuzz", block=block, options=options, layout=layout, **shape)
     options |= {
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "dropout": draw(st.sampled_from([0.0, 0.4])),
         "occupancy_floor": draw(st.sampled_from([0.0, 1e-6])),
+        "band": band,
     }
     shape |= {"features": draw(st.integers(1, 70)), "bias": draw(st.booleans())}
     cuda = draw(st.booleans())

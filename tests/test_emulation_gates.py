@@ -35,7 +35,7 @@ class Defect:
 
 RACE = "ThreadSanitizer: data race"
 DIFFERENT = "Not equal to tolerance"
-SCANNED = "    sums[threadIdx.x] = value;\n"
+SCANNED = "    results[threadIdx.x] = value;\n"
 BARRIER = "    __syncthreads();\n"
 
 DEFECTS = [
@@ -43,7 +43,7 @@ DEFECTS = [
         "step-without-barrier", "thread", "lattice.cu",
         "        __syncthreads();\n    }\n    return bad;", "    }\n    return bad;", RACE,
     ),
-    Defect("scan-without-barrier", "thread", "compact.cu", SCANNED + BARRIER, SCANNED, RACE),
+    Defect("scan-without-barrier", "thread", "processor.cuh", SCANNED + BARRIER, SCANNED, RACE, kernels="compact.cu"),
     Defect(
         "next-reduction-without-barrier", "thread", "processor.cuh",
         "__syncthreads();  // of_warp belongs", "// of_warp belongs", RACE, kernels="compact.cu",
@@ -65,8 +65,8 @@ DEFECTS = [
         "before_row[row]", "before_row[row - 1]", "AddressSanitizer: (heap-buffer-overflow|use-after-poison)",
     ),
     Defect(
-        "shared-array-too-short", "address", "compact.cu",
-        "SHARED(long long, sums, 1024)", "SHARED(long long, sums, 63)", "index 63 out of bounds|heap-buffer-overflow",
+        "shared-array-too-short", "address", "processor.cuh",
+        "SHARED(T, results, 1024)", "SHARED(T, results, 63)", "index 63 out of bounds|heap-buffer-overflow", kernels="compact.cu",
     ),
     Defect(
         "signed-overflow", "address", "compact.cu", "        long long kept = 0;\n",
@@ -78,8 +78,9 @@ DEFECTS = [
         "counts[row] = kept", "counts[row] = kept + 0 * (int)nan_value<float>()", "nan is outside the range",
     ),
     Defect(
-        "barrier-for-some-threads", "address", "compact.cu", SCANNED + BARRIER,
-        f"{SCANNED}    if (threadIdx.x < 40)\n    {BARRIER}", "barrier divergence: .* wait at .*compact.cu:",
+        "barrier-for-some-threads", "address", "processor.cuh", SCANNED + BARRIER,
+        f"{SCANNED}    if (threadIdx.x < 40)\n    {BARRIER}", "barrier divergence: .* wait at .*processor.cuh:",
+        kernels="compact.cu",
     ),
     Defect(
         "thread-leaves", "address", "compact.cu", "        for (long long start = 0; start <= n;",
@@ -91,21 +92,33 @@ DEFECTS = [
         "    if (lane == 3) return value;\n    if (warps > 1) {\n", "barrier (divergence|hang): ", kernels="compact.cu",
     ),
     Defect(
-        "endless-loop", "address", "compact.cu", SCANNED,
+        "endless-loop", "address", "processor.cuh", SCANNED,
         f"    for (volatile int spins = threadIdx.x == 40; spins;) {{}}\n{SCANNED}",
-        "barrier hang: .*\n  63 of 64 threads of the block wait at .*compact.cu:",
+        "barrier hang: .*\n  63 of 64 threads of the block wait at .*processor.cuh:", kernels="compact.cu",
     ),
     Defect(
         "unwritten-cell", "address", "lattice.cu", "            label_occupancy[cell] = label;\n",
         "            if (u < of.labels) label_occupancy[cell] = label;\n", DIFFERENT, "logits-float32",
     ),
     Defect(
-        "shared-memory-unwritten", "address", "compact.cu",
-        SCANNED, f"    if (value != 0)\n    {SCANNED}", DIFFERENT,
+        "shared-memory-unwritten", "address", "processor.cuh",
+        SCANNED, f"    if (value != 0)\n    {SCANNED}", DIFFERENT, kernels="compact.cu",
     ),
     Defect(
         "block-ends-with-its-first-item", "address", "softmax.cu",
         "            continue;\n", "            return;\n", DIFFERENT, "logits-band-regular",
+    ),
+    Defect(
+        "rows-without-barrier", "thread", "band.cu", "                chosen[start + p] = (int)from;\n            }\n            __syncthreads();\n",
+        "                chosen[start + p] = (int)from;\n            }\n", RACE, "prune-float32",
+    ),
+    Defect(
+        "arcs-without-barrier", "thread", "simple_joint.cu", "        __syncthreads();\n        PARALLEL(u, of.labels + 1) {\n",
+        "        PARALLEL(u, of.labels + 1) {\n", RACE, "simple-far-apart-float32",
+    ),
+    Defect(
+        "gather-one-too-far", "address", "band.cu", "smaller((long long)end[b * padded_frames + t], labels)", "labels + 1",
+        "heap-buffer-overflow|Not equal to tolerance", "gather-unordered",
     ),
 ]  # fmt: skip
 
@@ -142,7 +155,7 @@ def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     """One file of the kernels as it is."""
-    untouched = Defect("none", "address", "compact.cu", SCANNED, SCANNED, "")
+    untouched = Defect("none", "address", "processor.cuh", SCANNED, SCANNED, "", kernels="compact.cu")
     kernels = with_defect(untouched, tmp_path_factory.mktemp("kernels"))
     with contextlib.closing(Driver(builds.start("address", kernels)())) as driver:
         yield Emulated(driver, 64)

@@ -1,5 +1,6 @@
-"""The pure parts of the examples: text, error rates, batches, noise, and that the recogniser streams."""
+"""The pure parts of the examples: text, error rates, batches, noise, that the recogniser streams; and short runs of it."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -192,3 +193,75 @@ def test_words_in_time(recogniser):
     words = pytorch_recogniser.words_in_time(heard, np.array([3, 4, 5, 6, 15, 15, 16]))
     assert [(word.text, word.spoken) for word in words] == [("six", 0.1), ("two", 0.5)]
     assert [word.emitted for word in words] == pytest.approx([0.12, 0.6])
+
+
+def noises(count):
+    """Utterances of noise, which need no synthesiser."""
+    rng = np.random.default_rng(count)
+    return [
+        spoken_numbers.Utterance(
+            "six thousand two", "f1", ratio, rng.normal(size=(frames, spoken_numbers.MEL_BINS)).astype("f"), np.array([0.0, 0.2, 0.6])
+        )
+        for frames, ratio in zip(rng.integers(60, 90, count), np.resize([np.inf, 10.0], count), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("loss", ["exact", "pruned"])
+def test_the_loss_trains_the_layer_that_decoding_uses(recogniser, loss):
+    import torch
+
+    import pytorch_recogniser
+
+    model = pytorch_recogniser.Recogniser(8, loss)
+    batch = pytorch_recogniser.TensorBatch.of(spoken_numbers.batch(noises(3)), torch.device("cpu"))
+    objective, _ = pytorch_recogniser.loss_of(model, batch)
+    objective.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+    encoding, prediction = torch.randn(2, 8)
+    hidden = torch.tanh(encoding + prediction)
+    torch.testing.assert_close(model.logits(encoding, prediction), model.loss.output(hidden))
+
+
+def test_the_band_looked_into_is_the_one_trained_with(recogniser):
+    import torch
+
+    import pytorch_recogniser
+
+    model = pytorch_recogniser.Recogniser(8, "pruned")
+    arguments = pytorch_recogniser.loss_arguments(model, noises(3))
+    encoder, predictor, _, _, *labels = map(torch.from_numpy, arguments)
+    trained = model.loss(encoder, predictor, *labels).band
+    seen = pytorch_recogniser.band_of(pytorch_recogniser.simple_loss(model, arguments)[2], arguments)
+    assert seen.width == trained.width == pytorch_recogniser.CHARACTERS_IN_BAND
+    np.testing.assert_array_equal(seen.first, trained.first)
+    np.testing.assert_allclose(seen.mass, trained.mass, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["exact", "pruned"])
+def test_a_run_of_a_few_steps(recogniser, monkeypatch, tmp_path, loss):
+    import pytorch_recogniser
+
+    monkeypatch.setattr(spoken_numbers, "corpus", lambda *_, **__: (noises(8), noises(4)))
+    monkeypatch.setattr(pytorch_recogniser, "BATCH_SIZE", 4)
+    arguments = f"--loss {loss} --steps 3 --device cpu --out {tmp_path} --json {tmp_path}/results.json"
+    monkeypatch.setattr(sys, "argv", ["recogniser", *arguments.split()])
+    pytorch_recogniser.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["trained_by"] == loss
+    assert len(results["training"]["losses"]) == 3
+    assert np.isfinite(results["training"]["losses"]).all()
+    assert len(results["training"]["hypotheses"]) == 4
+    assert list(results["character_error_rate_by_noise"]) == ["clean", "10 dB"]
+    assert [word["text"] for word in results["words"]] == ["six", "thousand", "two"]
+    assert 0 < results["share_needing_gradient"] <= 1
+    assert results["megabytes"] > 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning-curve.png", "lattice.png"}
+    assert ("pruning" in results) == (loss == "pruned")
+    if loss == "pruned":
+        pruning = results["pruning"]
+        assert pruning["width"] == pytorch_recogniser.CHARACTERS_IN_BAND
+        assert pruning["share_of_cells"] == pytest.approx(5 / len("_six thousand two"))
+        assert 0 < pruning["kept_per_frame"] < 1
+        local, optimal = pruning["kept"]["local"], pruning["kept"]["optimal"]
+        assert 0 < local["least"] <= local["mean"] < 1
+        assert all(local[which] <= optimal[which] < 1 for which in ("mean", "least"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import transducer_loss as tl
-from transducer_loss import check, reference
+from transducer_loss import check, reference, simple_loss
 from transducer_loss.arrays import FLOATS, numpy_dtype
 from transducer_loss.checks import TOPOLOGIES
 
@@ -53,11 +53,11 @@ def on_device(array: Any, index: int = 0) -> Any:
         return Cuda(index).to_device(np.asarray(array))
 
 
-GRADIENTS = ("encoder", "predictor", "weight", "bias")
+GRADIENTS = {"joint_rnnt_loss": ("encoder", "predictor", "weight", "bias"), "simple_rnnt_loss": ("am", "lm")}
 
 
 def make_batch(batch: int = 3, frames: int = 12, labels: int = 6, classes: int = 40, features: int = 20, seed: int = 0) -> Any:
-    """Inputs of both losses in float64, of values that every dtype holds exactly; the first utterance is the longest."""
+    """Inputs of all losses in float64, of values that every dtype holds exactly; the first utterance is the longest."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> Any:
@@ -75,6 +75,7 @@ def make_batch(batch: int = 3, frames: int = 12, labels: int = 6, classes: int =
         joint_rnnt_loss=[
             draw(batch, frames, features), draw(batch, labels + 1, features), draw(classes, features) / 4, draw(classes),
         ],
+        simple_rnnt_loss=[draw(batch, frames, classes), draw(batch, labels + 1, classes)],
     )  # fmt: skip
 
 
@@ -85,13 +86,13 @@ def given(function: str, of: Any, dtype: str = "float32", index: int = 0) -> lis
 
 def run(function: str, *arguments: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
     """Loss and gradients by the library."""
-    loss, grads = getattr(tl, function)(*arguments, **options)
-    return loss, tuple(getattr(grads, name) for name in GRADIENTS) if function == "joint_rnnt_loss" else (grads,)
+    loss, grads, *_ = getattr(tl, function)(*arguments, **options)
+    return loss, tuple(getattr(grads, name) for name in GRADIENTS[function]) if function in GRADIENTS else (grads,)
 
 
 def expected(function: str, of: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
     """Loss and gradients by the reference."""
-    loss, grads = getattr(reference, function)(*getattr(of, function), *of.integers, **options)
+    loss, grads, *_ = getattr(reference, function)(*getattr(of, function), *of.integers, **options)
     return loss, grads if isinstance(grads, tuple) else (grads,)
 
 
@@ -325,6 +326,157 @@ def test_the_second_device(function: str) -> None:
     assert_close((loss, gradients), expected(function, of))
 
 
+# ---- pruned
+
+
+SMOOTHED = {"lm_only_scale": 0.25, "am_only_scale": 0.125}
+
+
+@pytest.mark.parametrize("options", [{}, SMOOTHED, {"lm_only_scale": 1.0}, {"am_only_scale": 1.0}], ids=str)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_simple_loss_and_its_occupancies(topology: str, options: dict[str, float]) -> None:
+    of = make_batch()
+    wanted_loss, wanted, pair = reference.simple_rnnt_loss(*of.simple_rnnt_loss, *of.integers, topology=topology, **options)
+    loss, grads, occupancy = tl.simple_rnnt_loss(*given("simple_rnnt_loss", of), *of.integers, topology=topology, **options)
+    found = grads.am, grads.lm, occupancy.blank, occupancy.label
+    assert {type(array) for array in (loss, *found)} == {xp.ndarray}
+    # Smoothed, and with fewer labels than frames, gradients are differences of sums.
+    assert_close((loss, found), (wanted_loss, (*wanted, *pair)), (1e-6, 2e-5))
+    alone, none, posterior = tl.simple_rnnt_loss(
+        *given("simple_rnnt_loss", of), *of.integers, topology=topology, gradient=False, **options
+    )
+    assert none is None
+    assert_close((alone, (posterior.blank, posterior.label)), (wanted_loss, pair), (1e-6, 2e-5))
+
+
+def test_simple_loss_of_logits_far_apart() -> None:
+    of = make_batch()
+    of.simple_rnnt_loss[:] = [100 * array for array in of.simple_rnnt_loss]
+    wanted = expected("simple_rnnt_loss", of, **SMOOTHED)
+    assert_close(run("simple_rnnt_loss", *given("simple_rnnt_loss", of), *of.integers, **SMOOTHED), wanted, (1e-5, 1e-3))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 100])
+def test_simple_loss_of_some_utterances_at_a_time(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = make_batch(batch=5)
+    monkeypatch.setattr(simple_loss, "_TASK_BYTES", at_a_time * 4 * 40 * (12 + 7))
+    wanted = expected("simple_rnnt_loss", of, **SMOOTHED)
+    assert_close(run("simple_rnnt_loss", *given("simple_rnnt_loss", of), *of.integers, **SMOOTHED), wanted, (1e-6, 2e-5))
+
+
+def banded(of: Any, strategy: str, topology: str = "regular", s_range: int = 3, host: bool = False) -> tl.Band:
+    """A band of the simple loss's occupancies, of few digits, so that the host and the device find the same."""
+    occupancy = tl.simple_rnnt_loss(*of.simple_rnnt_loss, *of.integers, topology=topology, gradient=False)[2]
+    pair = (np.rint(4096 * array) / 4096 for array in (occupancy.blank, occupancy.label))
+    place = np.asarray if host else on_device
+    return tl.prune(
+        tl.Occupancy(*map(place, pair), None), *of.integers[1:], s_range=s_range, strategy=strategy, topology=topology
+    )
+
+
+@pytest.mark.parametrize("strategy", ["local", "optimal"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_prune(topology: str, strategy: str) -> None:
+    for of in (make_batch(), make_batch(2, 90, 70, 5)):
+        wanted, found = (banded(of, strategy, topology, host=host) for host in (True, False))
+        assert isinstance(found.first, xp.ndarray)
+        assert isinstance(found.mass, xp.ndarray)
+        assert found.width == wanted.width
+        np.testing.assert_allclose(plain(found.mass), wanted.mass, rtol=1e-9)
+        if strategy == "local":  # of two that keep the same but for rounding, either may be the optimal one
+            np.testing.assert_array_equal(plain(found.first), wanted.first)
+            np.testing.assert_array_equal(plain(found.end), wanted.end)
+            np.testing.assert_array_equal(plain(found.to_ranges()), wanted.to_ranges())
+
+
+def rows_of(band: tl.Band) -> dict[str, Any]:
+    """Keywords of the reference."""
+    return {"first": plain(band.first).astype(int), "end": plain(band.end).astype(int)}
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_pruned_losses(topology: str, where: str) -> None:
+    of = make_batch()
+    band = banded(of, "optimal", topology, host=where == "host")
+    rows, options = rows_of(band), {"topology": topology, "fastemit_lambda": 0.1}
+    of.rnnt_loss[0] = of.rnnt_loss[0][:, :, : band.width]
+    found = run("rnnt_loss", *given("rnnt_loss", of), *of.integers, band=band, **options)
+    assert_close(found, expected("rnnt_loss", of, **rows, **options))
+    found = run("joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, band=band, occupancy_floor=0.0, **options)
+    assert_close(found, expected("joint_rnnt_loss", of, width=band.width, **rows, **options))
+    least = check._least_workspace(
+        lambda workspace: tl.joint_rnnt_loss(*given("joint_rnnt_loss", of), *of.integers, band=band, workspace=workspace)
+    )
+    small = run(
+        "joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, band=band, occupancy_floor=0.0, workspace=least, **options
+    )
+    assert_close(small, expected("joint_rnnt_loss", of, width=band.width, **rows, **options))
+
+    wanted_loss, *wanted = reference.occupancy(*of.rnnt_loss, *of.integers, topology=topology, **rows)
+    posterior = tl.occupancy(*given("rnnt_loss", of), *of.integers, topology=topology, band=band)
+    assert_close((posterior.loss, (posterior.blank, posterior.label)), (wanted_loss, tuple(wanted)))
+    frames, score = reference.align(*of.rnnt_loss, *of.integers, topology=topology, **rows)
+    best = tl.align(*given("rnnt_loss", of), *of.integers, topology=topology, band=band)
+    np.testing.assert_array_equal(plain(best.frames), frames)
+    np.testing.assert_allclose(plain(best.score), score, rtol=1e-6)
+
+
+def test_a_band_of_an_alignment_on_the_device() -> None:
+    of = make_batch()
+    best = tl.align(*given("rnnt_loss", of), *of.integers)
+    band = tl.Band.from_alignment(best.frames, *of.integers[1:], 1, 2)
+    wanted = tl.Band.from_alignment(plain(best.frames).astype(int), *of.integers[1:], 1, 2)
+    assert isinstance(band.first, xp.ndarray)
+    np.testing.assert_array_equal(plain(band.first), wanted.first)
+    np.testing.assert_array_equal(plain(band.end), wanted.end)
+    found = run("joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, band=band, occupancy_floor=0.0)
+    assert_close(found, expected("joint_rnnt_loss", of, width=band.width, **rows_of(band)))
+
+
+@every_dtype
+def test_gather(dtype: str) -> None:
+    of = make_batch()
+    band = banded(of, "local")
+    wanted = banded(of, "local", host=True)
+    rows = of.joint_rnnt_loss[1].astype(numpy_dtype(dtype))
+    found = tl.gather_predictor(on_device(rows), band)
+    assert isinstance(found, xp.ndarray)
+    assert bits(found) == bits(tl.gather_predictor(rows, wanted))
+    gradient = np.random.default_rng(0).normal(size=found.shape).astype(numpy_dtype(dtype))
+    back = tl.gather_predictor_backward(on_device(gradient), band, rows.shape[1])
+    # Sums in one order on both.
+    assert bits(back) == bits(tl.gather_predictor_backward(gradient, wanted, rows.shape[1]))
+
+
+@needs_device
+def test_a_band_on_the_device_out_of_order() -> None:
+    of = make_batch(batch=2)
+    of.integers[1][:], of.integers[2][:] = 12, 6
+    band = banded(of, "local")
+    first = band.first.copy()
+    first[0] = xp.asarray([0, 2**31 - 1, -(2**31), 5, 0, 1, -7, 99, 3, 2, 1, 0], np.int32)
+    band = tl.Band(first, band.end, band.width, band.frames, band.labels, band.s_range)
+    logits = given("rnnt_loss", of)[0][:, :, : band.width]
+    for loss, gradients in (
+        run("rnnt_loss", logits, *of.integers, band=band),
+        run("joint_rnnt_loss", *given("joint_rnnt_loss", of), *of.integers, band=band),
+    ):
+        assert np.isnan(plain(loss)).tolist() == [True, False]
+        assert not plain(gradients[0])[0].any()
+        assert plain(gradients[0])[1].any()
+    assert np.isfinite(plain(tl.gather_predictor(given("joint_rnnt_loss", of)[1], band))).all()
+
+
+def test_a_host_array_and_a_band_on_the_device_are_refused() -> None:
+    if ON_HOST:
+        pytest.skip("needs two kinds of memory")
+    of = make_batch()
+    band = banded(of, "local")
+    with pytest.raises(ValueError, match="band: expected one on the host, as the inputs, got one on a device"):
+        tl.rnnt_loss(of.rnnt_loss[0][:, :, : band.width], *of.integers, band=band)
+
+
 SPIN = """
 extern "C" __global__ void spin(unsigned long long nanoseconds) {
     unsigned long long start, now;
@@ -340,7 +492,7 @@ def spin(seconds: float) -> None:
 
 
 # A gradient of the cells that matter costs a read-back, and is only that exact; one of all cells costs none.
-EVERY_CELL: dict[str, dict[str, Any]] = {"rnnt_loss": {}, "joint_rnnt_loss": {"occupancy_floor": 0.0}}
+EVERY_CELL: dict[str, dict[str, Any]] = {"rnnt_loss": {}, "joint_rnnt_loss": {"occupancy_floor": 0.0}, "simple_rnnt_loss": {}}
 
 
 @needs_device
@@ -390,6 +542,8 @@ def of_torch(function: str) -> Callable[..., Any]:
     from transducer_loss.adapters import torch as adapter
 
     loss: Callable[..., Any] = getattr(adapter, function)
+    if function == "simple_rnnt_loss":  # it returns the occupancies as well
+        return lambda *arguments, **options: loss(*arguments, **options)[0]
     return loss
 
 

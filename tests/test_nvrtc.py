@@ -7,16 +7,16 @@ from transducer_loss.processors import host_library
 pytest.importorskip("cupy", reason="CuPy brings NVRTC")
 
 from nvrtc import ARCHITECTURES, CompileError, compiled
-from transducer_loss.cuda import source_of
+from transducer_loss.cuda import file_of, source_of
 
 INSTANCES = sorted(host_library().index)
-FILES = sorted({name.split("_")[0] + ".cu" for name in INSTANCES})
+FILES = sorted({file_of(name) for name in INSTANCES})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("file", FILES)
 def test_compiles_without_spills(file: str, architecture: int) -> None:
-    names = [name for name in INSTANCES if file == name.split("_")[0] + ".cu"]
+    names = [name for name in INSTANCES if file == file_of(name)]
     usage = compiled(source_of(file), names, architecture)
     assert list(usage) == names
     assert {name: of for name, of in usage.items() if of.spilled or of.stack} == {}

@@ -9,6 +9,7 @@ import transducer_loss as tl
 from helpers import FLOATS, TOPOLOGIES, Batch, epsilon, expect_close, path_noise, random_batch
 from transducer_loss import reference
 from transducer_loss.joint import ACTIVATIONS
+from transducer_loss.reference.joint import _activate
 
 every_topology = pytest.mark.parametrize("topology", TOPOLOGIES)
 every_dtype = pytest.mark.parametrize("dtype", FLOATS)
@@ -63,7 +64,7 @@ def test_of_the_joint(dtype: str, topology: str, option: str) -> None:
         encoder, predictor, weight, bias = (rng.normal(size=size).astype(kind) for size in sizes)
         # The reference makes logits of the joint only on its way to the loss: here they are made once more.
         z = encoder[:, :, None].astype(np.float64) + predictor[:, None]
-        hidden = reference._activate(z, activation)[0]
+        hidden = _activate(z, activation)[0]
         batch.logits = hidden @ weight.astype(np.float64).T + bias.astype(np.float64)
         arguments = encoder, predictor, weight, bias, *batch.arguments[1:]
         options = {"blank": batch.blank, "topology": topology, **OPTIONS[option]}

@@ -2,9 +2,12 @@
 
 import ast
 import doctest
+import importlib
 import itertools
 import math
+import pkgutil
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -757,17 +760,26 @@ def test_arguments_are_not_modified() -> None:
         np.testing.assert_array_equal(arguments[name], value)
 
 
+def modules() -> list[types.ModuleType]:
+    """The package itself and its files."""
+    names = [info.name for info in pkgutil.iter_modules(reference.__path__)]
+    return [reference, *(importlib.import_module(f"transducer_loss.reference.{name}") for name in names)]
+
+
 def test_examples_of_the_docstrings() -> None:
-    results = doctest.testmod(reference)
-    assert results.failed == 0
-    assert results.attempted >= 7
+    results = [doctest.testmod(module) for module in modules()]
+    assert sum(result.failed for result in results) == 0
+    assert sum(result.attempted for result in results) >= 7
 
 
 def test_it_imports_only_numpy_and_the_standard_library() -> None:
-    assert reference.__file__ is not None
-    with open(reference.__file__, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"numpy"}
+    names = set()
+    for module in modules():
+        assert module.__file__ is not None
+        with open(module.__file__, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+        names |= {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
+    own = {name for name in names if name.startswith("transducer_loss.reference.")}
+    assert {name.split(".")[0] for name in names - own} - set(sys.stdlib_module_names) == {"numpy"}

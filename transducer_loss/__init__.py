@@ -4,18 +4,27 @@
 gradient, as NumPy or CuPy arrays; `transducer_loss.adapters` serves the frameworks.
 """
 
+from transducer_loss.band import Band
 from transducer_loss.joint_loss import Grads, joint_rnnt_loss
 from transducer_loss.logits_loss import rnnt_loss
 from transducer_loss.paths import Alignment, Occupancy, align, occupancy
+from transducer_loss.pruning import gather_predictor, gather_predictor_backward, prune
+from transducer_loss.simple_loss import SimpleGrads, simple_rnnt_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "Band",
     "Grads",
     "Occupancy",
+    "SimpleGrads",
     "align",
+    "gather_predictor",
+    "gather_predictor_backward",
     "joint_rnnt_loss",
     "occupancy",
+    "prune",
     "rnnt_loss",
+    "simple_rnnt_loss",
 ]

@@ -13,26 +13,14 @@ from typing import Any
 import numpy as np
 
 import transducer_loss
-from transducer_loss import reference
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype, on_host
+from transducer_loss.check_cases import VARIANTS_OF, Array, Case, cases, expected, inputs, options
 from transducer_loss.checks import TOPOLOGIES, choice
 from transducer_loss.info import cuda
 
-Array = np.ndarray[Any, Any]
-
-FUNCTIONS = ("rnnt_loss", "joint_rnnt_loss")
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "fastemit": {"fastemit_lambda": 0.25},
-    "delay penalty": {"delay_penalty": 0.0625},
-    "hat": {"hat": True},
-    "normalized": {"normalized": True},
-}
+FUNCTIONS = tuple(VARIANTS_OF)
 
 _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-
-_BLANK, _WEIGHTS = 1, (1.0, -0.5, 2.0, 0.25)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,69 +57,6 @@ class Row:
         return not self.problem and self.loss_error <= self.loss_budget and self.gradient_error <= self.gradient_budget
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Inputs of both losses, the same for every dtype."""
-
-    logits: Array
-    joint: tuple[Array, Array, Array, Array]
-    """Encoder, predictor, weight, bias."""
-    targets: Array
-    frames: Array
-    labels: Array
-    weights: Array
-
-
-def _draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
-    """Multiples of 1/32 below 8 in magnitude: exact in every dtype, so that one reference serves all of them."""
-    return np.clip(np.rint(32 * scale * rng.normal(size=shape)), -255, 255) / 32
-
-
-def _case(frames: Sequence[int], labels: Sequence[int], classes: int, features: int, seed: int) -> Case:
-    rng = np.random.default_rng(seed)
-    batch, T, U = len(frames), max(frames), max(labels)
-    # Past the last label there is what some toolkits pad with; it must not be read. A label may be the blank, save in HAT.
-    targets = np.where(np.arange(U) < np.array(labels)[:, None], rng.integers(0, classes, (batch, U)), -1)
-    logits = _draw(rng, batch, T, U + 1, classes, scale=2.0)
-    encoder, predictor = _draw(rng, batch, T, features), _draw(rng, batch, U + 1, features)
-    for b in range(batch):
-        logits[b, frames[b] :] = logits[b, :, labels[b] + 1 :] = np.nan
-        encoder[b, frames[b] :] = predictor[b, labels[b] + 1 :] = np.nan
-    output = _draw(rng, classes, features, scale=0.5), _draw(rng, classes)
-    joint = encoder, predictor, *output
-    return Case(logits, joint, targets, np.array(frames), np.array(labels), np.array(_WEIGHTS[:batch]))
-
-
-@functools.cache
-def _cases(seed: int) -> tuple[Case, ...]:
-    """Utterances with every kind of border; more classes than a block has threads; rows wider than a warp."""
-    return (
-        _case([13, 1, 7, 9], [5, 0, 7, 0], 19, 8, seed),
-        _case([4], [3], 1500, 33, seed + 1),
-        _case([45], [40], 7, 16, seed + 2),
-    )
-
-
-def _options(variant: str, topology: str, case: Case) -> dict[str, Any]:
-    return {"topology": topology, "blank": _BLANK, "weights": case.weights, **VARIANTS[variant]}
-
-
-def _inputs(function: str, variant: str, case: Case) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Float and integer arguments of a function."""
-    targets = np.where(case.targets == _BLANK, _BLANK + 1, case.targets) if variant == "hat" else case.targets
-    floats = case.joint if function == "joint_rnnt_loss" else (-abs(case.logits) if variant == "normalized" else case.logits,)
-    return floats, (targets, case.frames, case.labels)
-
-
-@functools.cache
-def _expected(function: str, topology: str, variant: str, seed: int, index: int) -> tuple[Array, tuple[Array, ...]]:
-    """Loss and gradients of a case by the reference; dtypes share them."""
-    case = _cases(seed)[index]
-    floats, integers = _inputs(function, variant, case)
-    loss, gradients = getattr(reference, function)(*floats, *integers, **_options(variant, topology, case))
-    return loss, gradients if isinstance(gradients, tuple) else (gradients,)
-
-
 def _least_workspace(call: Callable[..., Any]) -> int:
     """The least workspace that would do, as the error for a single byte says."""
     try:
@@ -148,14 +73,19 @@ def _results(
     function: str, topology: str, variant: str, dtype: str, case: Case, to_device: Callable[[Array], Any]
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Loss and gradients of a case, in every way that the function has to make them."""
-    floats, integers = _inputs(function, variant, case)
+    floats, integers = inputs(function, variant, case)
+    band = {"band": case.band} if variant == "band" else {}
     call = functools.partial(
-        getattr(transducer_loss, function),
-        *(to_device(array.astype(numpy_dtype(dtype))) for array in floats), *integers, **_options(variant, topology, case),
+        getattr(transducer_loss, function), *(to_device(array.astype(numpy_dtype(dtype))) for array in floats), *integers,
+        **options(variant, topology, case), **band,
     )  # fmt: skip
     if function == "rnnt_loss":
         loss, gradient = call()
         yield loss, (gradient,)
+        return
+    if function == "simple_rnnt_loss":
+        loss, grads, _ = call()
+        yield loss, (grads.am, grads.lm)
         return
     # So low a floor drops cells, yet changes no gradient by more than a rounding does.
     call = functools.partial(call, occupancy_floor=_EPSILON[COMPUTE[dtype]] / 4)
@@ -212,13 +142,13 @@ def budgets(function: str, dtype: str, device: str) -> tuple[float, float]:
 def _errors(function: str, topology: str, dtype: str, variant: str, seed: int, to_device: Callable[[Array], Any]) -> Array:
     """Worst error of the loss, and of the gradients, over the cases. NaN is the worst of all."""
     worst = np.zeros(2)
-    for index, case in enumerate(_cases(seed)):
-        expected, expected_gradients = _expected(function, topology, variant, seed, index)
+    for index, case in enumerate(cases(seed)):
+        wanted_loss, wanted_gradients = expected(function, topology, variant, seed, index)
         for loss, gradients in _results(function, topology, variant, dtype, case, to_device):
-            by_utterance = abs(_difference(loss, expected)) / np.maximum(1.0, abs(expected))
+            by_utterance = abs(_difference(loss, wanted_loss)) / np.maximum(1.0, abs(wanted_loss))
             by_gradient = [
                 np.linalg.norm(_difference(gradient, wanted)) / np.linalg.norm(wanted)
-                for gradient, wanted in zip(gradients, expected_gradients, strict=True)
+                for gradient, wanted in zip(gradients, wanted_gradients, strict=True)
             ]
             worst = np.maximum(worst, [np.max(by_utterance), np.max(by_gradient)])
     return worst
@@ -272,7 +202,7 @@ def check(
     --------
     >>> rows = check("cpu", functions=["rnnt_loss"], dtypes=["float32"])
     >>> len(rows), all(row.passed for row in rows)
-    (15, True)
+    (18, True)
     """
     for name, asked, known in (("functions", functions, FUNCTIONS), ("dtypes", dtypes, FLOATS)):
         for one in asked:
@@ -280,9 +210,8 @@ def check(
     device, current, to_device = _device(device)
     rows = []
     with current:
-        for function, topology, variant in itertools.product(functions, TOPOLOGIES, VARIANTS):
-            if function == "joint_rnnt_loss" and variant == "normalized":
-                continue  # the joint makes logits
+        each = (itertools.product((name,), TOPOLOGIES, VARIANTS_OF[name]) for name in functions)
+        for function, topology, variant in itertools.chain.from_iterable(each):
             if progress is not None:
                 progress(f"{function} {topology} {variant}")
             for dtype in dtypes:

@@ -37,6 +37,15 @@ def finite(value: Any, name: str) -> float:
     return number
 
 
+def whole_number(value: Any, name: str, low: int) -> int:
+    """An int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name}: expected {low} or more, got {value}")
+    return int(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The keywords that losses share, checked; words as the kernels number them."""
@@ -47,6 +56,11 @@ class Options:
     fastemit_lambda: float
     delay_penalty: float
     infeasible: str
+
+    @property
+    def changes_occupancy(self) -> bool:
+        """Whether gradients need other occupancies than the arcs' posteriors."""
+        return self.fastemit_lambda != 0.0 or self.topology == TOPOLOGIES.index("constrained")
 
     @classmethod
     def checked(

@@ -41,11 +41,16 @@ def source_of(file: str) -> str:
 
 
 @functools.cache
+def file_of(kernel: str) -> str:
+    """The file of a kernel: its name begins with the file's."""
+    files = [file.name for file in resources.files("transducer_loss.kernels").iterdir() if file.name.endswith(".cu")]
+    return max((file for file in files if kernel.startswith(file.removesuffix(".cu") + "_")), key=len)
+
+
+@functools.cache
 def _kernel(name: str, device: int) -> Any:
-    """The instance `name`, say ``softmax_forward<float32>``; its file is the name up to the first underscore."""
-    module = cupy.RawModule(
-        code=source_of(name.split("_")[0] + ".cu"), options=("-std=c++17",), name_expressions=[name]
-    )
+    """The instance `name`, say ``softmax_forward<float32>``."""
+    module = cupy.RawModule(code=source_of(file_of(name)), options=("-std=c++17",), name_expressions=[name])
     return module.get_function(name)
 
 
@@ -97,6 +102,7 @@ class Cuda(Processor):
         rows, columns = out.shape
         scalar = np.float64 if out.dtype == np.float64 else np.float32
         one, beta = scalar(1), scalar(add)
+        leading = max(out.strides[0] // out.itemsize, columns)
         constants = np.array([one, beta])
         # cuBLAS is column-major: the transposed product, with each operand as it lies.
         b_op, b_leading = _operand(b)
@@ -105,7 +111,7 @@ class Cuda(Processor):
         cublas.gemmEx(
             cupy.cuda.device.get_cublas_handle(), b_op, a_op, columns, rows, a.shape[1],
             constants.ctypes.data, b.data.ptr, _DATA_TYPE[b.dtype.name], b_leading, a.data.ptr, _DATA_TYPE[a.dtype.name],
-            a_leading, constants.ctypes.data + constants.itemsize, out.data.ptr, _DATA_TYPE[out.dtype.name], columns,
+            a_leading, constants.ctypes.data + constants.itemsize, out.data.ptr, _DATA_TYPE[out.dtype.name], leading,
             compute, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
 

@@ -56,8 +56,8 @@ class _Tile:
     logits: Any
     gradient: Any
     hidden_gradient: Any
-    product: Any
-    column_sums: Any
+    product: Any = None
+    column_sums: Any = None
 
 
 @dataclasses.dataclass
@@ -94,9 +94,6 @@ class Engine:
             logits=logits,
             gradient=logits if of.operand == of.dtype else empty((tile, self.classes), of.operand),
             hidden_gradient=empty((tile, self.features), of.dtype),
-            # cuBLAS adds by itself.
-            product=empty((self.classes, self.features), of.dtype) if self.processor.host else None,
-            column_sums=empty((self.classes, 1), of.dtype) if self.processor.host else None,
         )
 
     @functools.cached_property
@@ -160,20 +157,21 @@ class Engine:
         return Gradients(tuple(natives), *views)
 
     def strips(self, gradients: Gradients) -> list[_Strip]:
-        """Partial sums, one for each strip; a lone strip adds straight into the gradients."""
-        if self.plan.strips == 1:
-            bias = None if gradients.bias is None else gradients.bias[:, None]
-            return [_Strip(gradients.weight, bias, None, used=True)]
+        """Partial sums, one for each strip, the first of them in the gradients themselves."""
         empty, of = self.processor.empty, self.of
-        columns = int(of.cells.labels.max()) + 1
-        return [
-            _Strip(
-                empty((self.classes, self.features), of.dtype),
-                None if of.bias is None else empty((self.classes, 1), of.dtype),
-                empty((columns, self.features), of.dtype),
-            )
-            for _ in range(self.plan.strips)
-        ]
+        bias = None if gradients.bias is None else gradients.bias.reshape(-1, 1)
+        strips = [_Strip(gradients.weight, bias, None)]
+        if self.plan.strips > 1:
+            columns = int(of.cells.labels.max()) + 1
+            strips += [
+                _Strip(
+                    empty((self.classes, self.features), of.dtype),
+                    None if of.bias is None else empty((self.classes, 1), of.dtype),
+                    empty((columns, self.features), of.dtype),
+                )
+                for _ in range(self.plan.strips - 1)
+            ]
+        return strips
 
     def backward(
         self, group: Group, saved: Saved, loss: Any, weights: Any, weight: float, strips: list[_Strip], gradients: Gradients
@@ -247,6 +245,9 @@ class Engine:
                     processor, group, kept.cells, low, logits, saved.logits is not None, self.bias,
                     of.targets, of.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
                 )  # fmt: skip
+                if strip.used and tile.product is None and processor.host:  # cuBLAS adds by itself
+                    tile.product = processor.empty((self.classes, self.features), of.dtype)
+                    tile.column_sums = processor.empty((self.classes, 1), of.dtype)
                 # The first product is written, not added: the partial sums need no zeros.
                 processor.gemm(gradient.T, hidden, strip.weight, strip.used, tile.product)
                 if strip.bias is not None:
@@ -271,12 +272,11 @@ class Engine:
 
     def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
         """Add the strips' sums, in order, and undo the scale."""
-        if self.plan.strips > 1:
-            for strip in strips:
-                if strip.used:
-                    gradients.weight += strip.weight
-                    if strip.bias is not None:
-                        gradients.bias += strip.bias[:, 0]
+        for strip in strips[1:]:
+            if strip.used:
+                gradients.weight += strip.weight
+                if strip.bias is not None:
+                    gradients.bias += strip.bias[:, 0]
         if self.of.operand == "float16":
             for array in (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias):
                 if array is not None:

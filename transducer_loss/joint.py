@@ -43,7 +43,7 @@ def forward(
     """Hidden features of the items begin.. of the list `kept` (None: of the group's cells), a row of `hidden` each."""
     processor.launch(
         f"joint_forward<{joint.encoder.dtype.name},{hidden.dtype.name}>", len(hidden), joint.features,
-        len(hidden), begin, kept, group.table, group.count, group.first, *joint.inputs, loss, hidden, alone=alone,
+        len(hidden), begin, kept, group.table, group.count, group.spans, *joint.inputs, loss, hidden, alone=alone,
     )  # fmt: skip
 
 
@@ -60,11 +60,11 @@ def backward(
     source = joint.encoder.dtype.name
     processor.launch(
         f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden), joint.features,
-        len(hidden), begin, kept, table, count, group.first, *joint.inputs, loss, hidden, hidden_gradient,
+        len(hidden), begin, kept, table, count, group.spans, *joint.inputs, loss, hidden, hidden_gradient,
         encoder_gradient, encoder_gradient.shape[1], alone=True,
     )  # fmt: skip
     processor.launch(
         f"joint_backward_predictor<{hidden_gradient.dtype.name}>", count * group.columns, joint.features,
-        group.columns, len(hidden), begin, kept, positions, table, count, group.first, joint.features, hidden_gradient,
+        group.columns, len(hidden), begin, kept, positions, table, count, group.spans, joint.features, hidden_gradient,
         predictor_gradient, predictor_gradient.shape[1], carried - utterances[0], carry, alone=True,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from transducer_loss.arrays import element_strides
-from transducer_loss.cells import Cells, Group
+from transducer_loss.band import Band, band_for
+from transducer_loss.cells import Group
 from transducer_loss.checks import (
     Options,
     choice,
@@ -66,9 +67,9 @@ def workspace_bytes(workspace: int | str | None, default: int) -> int:
 
 def problem(
     encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
-    *, activation: str = "tanh", dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
-    occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None,
-    **options: Any,
+    *, activation: str = "tanh", band: Band | None = None, dropout: float = 0.0, seed: int = 0,
+    workspace: int | str | None = None, occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None,
+    allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of the joint-fused losses."""
     encoder = float_array(encoder, "encoder", "B T H")
@@ -104,7 +105,8 @@ def problem(
         copied = sum(new.nbytes for old, new in zip(inputs, read, strict=True) if new is not None and new is not old)
         return Problem(
             processor, Joint(encoder, predictor, kind, float(dropout), int(seed) & (1 << 63) - 1), weight, bias,
-            Cells.full(frames, labels), targets_for(targets, processor, labels, classes, checked, validate), checked,
+            band_for(band, processor, frames, labels),
+            targets_for(targets, processor, labels, classes, checked, validate), checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
         )  # fmt: skip
 
@@ -192,6 +194,7 @@ def joint_rnnt_loss(
     activation: str = "tanh",
     blank: int = 0,
     topology: str = "regular",
+    band: Band | None = None,
     dropout: float = 0.0,
     seed: int = 0,
     fastemit_lambda: float = 0.0,
@@ -223,6 +226,8 @@ def joint_rnnt_loss(
         Of the output layer.
     targets, encoder_lengths, target_lengths, blank, topology
         As of `rnnt_loss`.
+    band : Band, optional
+        Pruned (arXiv 2206.13236) or alignment-restricted loss: only the band's cells are ever projected.
     fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
         As of `rnnt_loss`.
     activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
@@ -269,9 +274,9 @@ def joint_rnnt_loss(
     ((2,), (50, 16))
     """
     of = problem(
-        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, dropout=dropout,
-        seed=seed, workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology,
-        fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, band=band,
+        dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank,
+        topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
     done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:

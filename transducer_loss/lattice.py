@@ -42,7 +42,7 @@ def sums(
     exchange = processor.empty((4 * size * columns * group.count,), "uint8") if columns else None
     processor.launch(
         f"lattice_sums<{real}>", 2 * group.count, group.columns,
-        group.count, group.table, group.first, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
+        group.count, group.table, group.spans, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
         ahead, back, exchange, columns, loss, reported, int(options.infeasible == "zero"),
         steps=_STEPS * group.rows // group.count, per_thread=1,
     )  # fmt: skip
@@ -56,7 +56,7 @@ def occupancy(
     real = arcs.log_blank.dtype.name
     processor.launch(
         f"lattice_occupancy<{real}>", group.rows, group.columns,
-        group.rows, group.table, group.count, group.first, arcs.log_blank, arcs.log_label, options.topology,
+        group.rows, group.table, group.count, group.spans, arcs.log_blank, arcs.log_label, options.topology,
         options.delay_penalty, *values, int(effective), options.fastemit_lambda, *out, steps=_STEPS, per_thread=1,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def best_path(processor: Any, group: Group, arcs: Arcs, options: Options, frames
     exchange = processor.empty((2 * columns * group.count,), "float64") if columns else None
     processor.launch(
         f"lattice_best_path<{arcs.log_blank.dtype.name}>", group.count, group.columns,
-        group.count, group.table, group.first, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
+        group.count, group.table, group.spans, arcs.log_blank, arcs.log_label, options.topology, options.delay_penalty,
         ahead, exchange, columns, frames, frames.shape[1], score,
         steps=_STEPS * group.rows // group.count, per_thread=1,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 
 from transducer_loss import lattice, softmax
 from transducer_loss.arrays import COMPUTE
+from transducer_loss.band import Band, band_for
 from transducer_loss.cells import Cells, Group
 from transducer_loss.checks import Options, Targets, expect_shape, float_array, lengths, targets_for, weights_for
 from transducer_loss.processors import Allocate, processor_for
@@ -41,12 +42,13 @@ class Saved:
 
 
 def problem(
-    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, /, *, validate: bool = False,
+    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, /, *, band: Band | None = None, validate: bool = False,
     threads: int | None = None, allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `rnnt_loss`."""
     packed = getattr(logits, "ndim", 0) == 2
-    array = float_array(logits, "logits", "cells V" if packed else "B T U+1 V")
+    columns = "U+1" if band is None else "S"
+    array = float_array(logits, "logits", "cells V" if packed else f"B T {columns} V")
     checked = Options.checked(array.shape[-1], **options)
     if packed:
         if not hasattr(logit_lengths, "__len__") or getattr(logit_lengths, "ndim", 1) == 0:
@@ -55,15 +57,20 @@ def problem(
         high_frames = high_labels = int(array.shape[0])
     else:
         batch, high_frames, high_labels = array.shape[0], array.shape[1], array.shape[2] - 1
+    if band is not None:
+        high_labels = 2**31 - 1  # as the band's own
     if batch < 1:
         raise ValueError("logit_lengths: expected at least one utterance, got none")
     frames = lengths(logit_lengths, "logit_lengths", batch, 1, high_frames, "cells" if packed else "T")
     labels = lengths(target_lengths, "target_lengths", batch, 0, high_labels, "cells" if packed else "U")
-    cells = Cells.full(frames, labels)
-    if packed:
-        expect_shape(array, "logits", "(sum of T_b (U_b + 1), V)", (int(cells.counts.sum()), array.shape[1]))
     processor = processor_for(array, threads, allocate)
     with processor:
+        cells = band_for(band, processor, frames, labels)
+        if packed:
+            each = "(U_b + 1)" if band is None else "min(S, U_b + 1)"
+            expect_shape(array, "logits", f"(sum of T_b {each}, V)", (int(cells.counts.sum()), array.shape[1]))
+        elif band is not None:
+            expect_shape(array, "logits", "(B, T, S, V)", (batch, high_frames, band.width, array.shape[3]))
         checked_targets = targets_for(targets, processor, labels, array.shape[-1], checked, validate)
         return Problem(processor, array, cells, cells.group(processor), checked_targets, checked)
 
@@ -118,6 +125,7 @@ def rnnt_loss(
     blank: int = 0,
     topology: str = "regular",
     normalized: bool = False,
+    band: Band | None = None,
     fastemit_lambda: float = 0.0,
     delay_penalty: float = 0.0,
     hat: bool = False,
@@ -134,9 +142,9 @@ def rnnt_loss(
 
     Parameters
     ----------
-    logits : (B, T, U+1, V) or (cells, V) array
+    logits : (B, T, U+1, V), or (B, T, S, V) with `band`, or (cells, V) array
         float16, bfloat16, float32 or float64, any strides: NumPy, CuPy, or anything with ``__dlpack__``. Packed logits hold
-        only the real cells, utterance after utterance, in each the T_b rows of U_b + 1 cells.
+        only the real cells, utterance after utterance, in each the T_b rows of U_b + 1, or of min(S, U_b + 1), cells.
     targets : (B, U) array or nested list of int
         Labels. Those beyond U_b are never read.
     logit_lengths, target_lengths : (B,) array or list of int
@@ -147,6 +155,9 @@ def rnnt_loss(
         Whether a label stays in its frame (Graves 2012), moves to the next one, or moves and also pays the blank above it.
     normalized : bool
         `logits` are log-probabilities already; the gradient is by them.
+    band : Band, optional
+        Pruned (arXiv 2206.13236) or alignment-restricted loss: only the paths in the band count. Column s of row t is the
+        cell of label ``band.first[b, t] + s``.
     fastemit_lambda : float
         FastEmit (arXiv 2010.11148): the gradient of label arcs is scaled by ``1 + fastemit_lambda``; the loss is not.
     delay_penalty : float
@@ -195,7 +206,7 @@ def rnnt_loss(
     (1, 4, 3, 5)
     """
     of = problem(
-        logits, targets, logit_lengths, target_lengths, validate=validate, blank=blank, topology=topology,
+        logits, targets, logit_lengths, target_lengths, band=band, validate=validate, blank=blank, topology=topology,
         normalized=normalized, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
     check_inplace(of, gradient and inplace)

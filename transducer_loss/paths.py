@@ -16,7 +16,7 @@ class Occupancy:
 
     Attributes
     ----------
-    blank, label : (B, T, U+1) array
+    blank, label : (B, T, U+1) array, or (B, T, S) with a band
         That a path takes the blank, or the label, out of cell (t, u); 0 in the padding. Over any cut of a lattice they
         sum to 1. Of packed logits T and U are the longest.
     loss : (B,) array
@@ -72,12 +72,13 @@ def _each_arcs(inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
 
 def _padded(of: Any) -> tuple[int, int, int]:
-    """(B, T, U+1) of the arguments; of packed logits, the longest ones."""
+    """(B, T, U+1) or (B, T, S) of the arguments; of packed logits, the longest ones."""
     if isinstance(of, Problem):
-        return (*of.joint.encoder.shape[:2], of.joint.predictor.shape[1])
+        columns = of.cells.columns or of.joint.predictor.shape[1]
+        return (*of.joint.encoder.shape[:2], columns)
     if of.logits.ndim == 4:
         return tuple(of.logits.shape[:3])
-    return len(of.cells.frames), int(of.cells.frames.max()), int(of.cells.labels.max()) + 1
+    return len(of.cells.frames), int(of.cells.frames.max()), of.cells.columns or int(of.cells.labels.max()) + 1
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -37,7 +37,7 @@ def forward(
     count, classes = group.cells if cells is None else cells, logits.shape[-1]
     processor.launch(
         f"softmax_forward<{logits.dtype.name}>", count, classes,
-        count, begin, group.table, group.count, group.first, logits, *_strides(logits), classes,
+        count, begin, group.table, group.count, group.spans, logits, *_strides(logits), classes,
         bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, alone=alone,
     )  # fmt: skip
 
@@ -50,7 +50,7 @@ def backward(
     cells, classes = gradient.shape
     processor.launch(
         f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
-        cells, begin, kept, group.table, group.count, group.first, logits, int(retained), classes,
+        cells, begin, kept, group.table, group.count, group.spans, logits, int(retained), classes,
         bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights, weight, gradient,
         alone=True,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def backward_logits(
     rows = logits.shape[0] if logits.ndim == 2 else logits.shape[0] * frames * columns
     processor.launch(
         f"softmax_backward_logits<{logits.dtype.name}>", rows, classes,
-        rows, group.table, group.count, group.first, frames, columns, logits, *_strides(logits), classes,
+        rows, group.table, group.count, group.spans, frames, columns, logits, *_strides(logits), classes,
         *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights,
         gradient, *_strides(gradient)[1:],
     )  # fmt: skip

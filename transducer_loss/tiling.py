@@ -60,7 +60,7 @@ def plan(of: Problem) -> Plan:
     classes, features = of.weight.shape
     columns = int(of.cells.labels.max()) + 1
     per_cell = 5 * size + 2 * lattice.scaled_bytes(of.dtype)
-    per_row = 8
+    per_row = 8 if of.cells.first is None else 80  # of a band also its labels, and what they are gathered with
     # Exchange rows of lattices that are wider than the shared memory, the table of utterances, losses.
     per_utterance = 4 * lattice.scaled_bytes(of.dtype) * lattice.scratch_columns(columns) + 64
     counts, frames = of.cells.counts, of.cells.frames

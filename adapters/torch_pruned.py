@@ -1,0 +1,319 @@
+"""PyTorch: pruned RNN-T (arXiv 2206.13236): the simple loss, the band, and a module of both losses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from transducer_loss import logits_loss, pruning, simple_loss
+from transducer_loss.adapters.torch_autograd import (
+    REDUCTIONS,
+    Gradients,
+    caller,
+    core_arguments,
+    expect_tensor,
+    followed,
+    once_differentiable,
+    plain,
+    reduced,
+)
+from transducer_loss.adapters.torch_joint import joint_rnnt_loss
+from transducer_loss.band import Band
+from transducer_loss.checks import choice, finite, whole_number
+from transducer_loss.paths import Occupancy
+
+
+class _SimpleLoss(torch.autograd.Function):
+    """Losses (B,) of am and lm; their occupancies go into `found`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, am: Tensor, lm: Tensor, arguments: tuple[Any, ...], options: dict[str, Any], found: list[Tensor]
+    ) -> Tensor:
+        needed = any(ctx.needs_input_grad)
+        with caller(am):
+            of = simple_loss.problem(plain(am), plain(lm), *arguments, **options, **core_arguments(am))
+            # A unigram of the whole batch carries gradients from one utterance to another: they need the true weights.
+            ctx.later = needed and of.joint.shared_unigram and of.joint.am_only != 0.0
+            done = simple_loss.forward(of, gradient=needed and not ctx.later)
+        found.extend(done.occupancy)
+        ctx.dtype = am.dtype
+        if ctx.later:
+            ctx.arguments, ctx.options = arguments, options
+            ctx.save_for_backward(am, lm, *(tensor for tensor in arguments[:1] if isinstance(tensor, Tensor)))
+        elif done.gradients is not None:
+            ctx.save_for_backward(*done.gradients)
+        return done.loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        natives = ctx.saved_tensors
+        weights = upstream[:, None, None]
+        if ctx.later:
+            am, lm = map(plain, natives[:2])
+            with caller(am):
+                of = simple_loss.problem(am, lm, *ctx.arguments, **ctx.options, **core_arguments(am))
+                natives = simple_loss.forward(of, logits_loss.weights_of(of, upstream)).gradients
+            weights = torch.ones_like(weights)
+        # An utterance that is not finite has gradient 0, whatever comes back to it.
+        gradients = [
+            (native * weights).masked_fill_(native == 0, 0).to(ctx.dtype) if needed else None
+            for native, needed in zip(natives, ctx.needs_input_grad, strict=False)
+        ]
+        return (*gradients, None, None, None)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, predictor: Tensor, band: Band) -> Tensor:
+        ctx.band, ctx.labels = band, predictor.shape[1] if predictor.ndim == 3 else 0
+        with caller(predictor):
+            return pruning.gathered(plain(predictor), band, **core_arguments(predictor))  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
+        with caller(upstream):
+            return pruning.gathered_backward(upstream, ctx.band, ctx.labels, **core_arguments(upstream)), None
+
+
+def simple_losses(am: Tensor, lm: Tensor, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, Occupancy]:
+    """Losses (B,) with autograd, and occupancies; `arguments` and `options` as of `transducer_loss.simple_loss.problem`."""
+    expect_tensor(am, "am")
+    expect_tensor(lm, "lm")
+    found: list[Tensor] = []
+    loss = _SimpleLoss.apply(*followed(am, lm), tuple(map(plain, arguments)), options, found)
+    blank, label = found
+    return loss, Occupancy(blank, label, loss.detach())
+
+
+def simple_rnnt_loss(
+    am: Tensor,
+    lm: Tensor,
+    targets: Any,
+    am_lengths: Any,
+    target_lengths: Any,
+    *,
+    lm_only_scale: float = 0.0,
+    am_only_scale: float = 0.0,
+    blank: int = 0,
+    reduction: str = "mean",
+    topology: str = "regular",
+    fastemit_lambda: float = 0.0,
+    delay_penalty: float = 0.0,
+    infeasible: str = "inf",
+    validate: bool = False,
+) -> tuple[Tensor, Occupancy]:
+    """Transducer loss of a joiner that only adds, smoothed, with autograd; and the occupancies to prune by.
+
+    Parameters
+    ----------
+    am : (B, T, V) tensor
+    lm : (B, U+1, V) tensor
+    targets, am_lengths, target_lengths
+        As of `rnnt_loss`.
+    reduction : {"mean", "sum", "none"}
+        "mean" is the mean over the batch.
+    lm_only_scale, am_only_scale, blank, topology, fastemit_lambda, delay_penalty, infeasible, validate
+        As of `transducer_loss.simple_rnnt_loss`.
+
+    Returns
+    -------
+    loss : Tensor
+        Scalar, or (B,).
+    occupancy : Occupancy
+        For `prune`; without gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import prune, simple_rnnt_loss
+    >>> am, lm = torch.randn(1, 9, 5, requires_grad=True), torch.randn(1, 7, 5)
+    >>> loss, occupancy = simple_rnnt_loss(am, lm, torch.tensor([[1, 2, 3, 4, 1, 2]]), [9], [6])
+    >>> loss.backward()
+    >>> prune(occupancy, [9], [6], s_range=3).to_ranges().shape
+    (1, 9, 3)
+    """
+    choice(reduction, REDUCTIONS, "reduction")
+    loss, occupancy = simple_losses(
+        am, lm, (targets, am_lengths, target_lengths), lm_only_scale=lm_only_scale, am_only_scale=am_only_scale,
+        blank=blank, topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
+        infeasible=infeasible, validate=validate,
+    )  # fmt: skip
+    return reduced(loss, reduction), occupancy
+
+
+def prune(
+    occupancy: Occupancy, am_lengths: Any, target_lengths: Any, *, s_range: int = 5, strategy: str = "local",
+    topology: str = "regular",
+) -> Band:  # fmt: skip
+    """Band of the labels that matter in each frame: `transducer_loss.prune`, on the caller's stream and memory.
+
+    Parameters
+    ----------
+    occupancy : Occupancy
+        As `simple_rnnt_loss` returns it.
+    am_lengths, target_lengths : (B,) tensor or list of int
+    s_range, strategy, topology
+        As of `transducer_loss.prune`.
+
+    Returns
+    -------
+    Band
+    """
+    if not isinstance(getattr(occupancy, "blank", None), Tensor):
+        return pruning.prune(
+            occupancy, plain(am_lengths), plain(target_lengths), s_range=s_range, strategy=strategy, topology=topology
+        )
+    with caller(occupancy.blank):
+        return pruning.pruned(
+            occupancy, plain(am_lengths), plain(target_lengths), s_range=s_range, strategy=strategy, topology=topology,
+            **core_arguments(occupancy.blank),
+        )  # fmt: skip
+
+
+def gather_predictor(predictor: Tensor, band: Band) -> Tensor:
+    """The predictor's rows of a band's cells, with autograd, for a joiner of one's own.
+
+    Parameters
+    ----------
+    predictor : (B, U+1, H) tensor
+    band : Band
+
+    Returns
+    -------
+    (B, T, S, H) tensor
+        To be joined with ``encoder[:, :, None]``; the logits of it go to ``rnnt_loss(..., band=band)``.
+    """
+    expect_tensor(predictor, "predictor")
+    return _Gather.apply(*followed(predictor), band)  # type: ignore[no-any-return]
+
+
+class PrunedLosses(NamedTuple):
+    """What `PrunedRNNTLoss` returns: `loss` is what to differentiate, the weighted sum of the other two."""
+
+    loss: Tensor
+    simple_loss: Tensor
+    pruned_loss: Tensor
+    band: Band
+
+
+class PrunedRNNTLoss(torch.nn.Module):
+    """Pruned RNN-T in one module: owns the two simple projections and the output layer, and the warm-up of their weights.
+
+    Over the first `warm_step` calls in training mode the simple loss's weight falls from 1 to `simple_scale` and the pruned
+    loss's rises from 0.1 to 1, as in the paper's recipes; the count is saved with the module's state.
+
+    Parameters
+    ----------
+    features, classes : int
+        H and V.
+    encoder_features, predictor_features : int, optional
+        Of the inputs to the simple projections, where those are not the joint's.
+    bias : bool
+        Of the output layer.
+    s_range, strategy
+        As of `prune`.
+    lm_only_scale, am_only_scale : float
+        As of `simple_rnnt_loss`.
+    warm_step : int
+    simple_scale : float
+        Weight of the simple loss after the warm-up.
+    dropout : float
+        Of the joint, in training mode.
+    reduction : {"mean", "sum", "none"}
+    blank, topology, fastemit_lambda, delay_penalty, infeasible, validate
+        Of both losses.
+    **options
+        Other keywords of `joint_rnnt_loss`, as ``hat`` and ``workspace``.
+
+    Attributes
+    ----------
+    step : int
+        Calls in training mode so far.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transducer_loss.adapters.torch import PrunedRNNTLoss
+    >>> losses = PrunedRNNTLoss(16, 50)
+    >>> encoder, predictor = torch.randn(2, 30, 16), torch.randn(2, 8, 16)
+    >>> out = losses(encoder, predictor, torch.randint(1, 50, (2, 7)), [30, 21], [7, 4])
+    >>> out.loss.backward()
+    >>> out.band.width
+    5
+    """
+
+    def __init__(
+        self, features: int, classes: int, *, encoder_features: int | None = None, predictor_features: int | None = None,
+        bias: bool = True, s_range: int = 5, strategy: str = "local", lm_only_scale: float = 0.25, am_only_scale: float = 0.0,
+        warm_step: int = 2000, simple_scale: float = 0.5, dropout: float = 0.0, reduction: str = "mean", blank: int = 0,
+        topology: str = "regular", fastemit_lambda: float = 0.0, delay_penalty: float = 0.0, infeasible: str = "inf",
+        validate: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        choice(reduction, REDUCTIONS, "reduction")
+        choice(strategy, pruning.STRATEGIES, "strategy")
+        self.simple_encoder = torch.nn.Linear(encoder_features or features, classes)
+        self.simple_predictor = torch.nn.Linear(predictor_features or features, classes)
+        self.output = torch.nn.Linear(features, classes, bias=bias)
+        self.s_range, self.strategy = whole_number(s_range, "s_range", 1), strategy
+        self.warm_step, self.simple_scale = whole_number(warm_step, "warm_step", 0), finite(simple_scale, "simple_scale")
+        self.dropout, self.options, self.step = dropout, options, 0
+        self.scales: dict[str, Any] = {"lm_only_scale": lm_only_scale, "am_only_scale": am_only_scale}
+        self.common: dict[str, Any] = {
+            "reduction": reduction, "blank": blank, "topology": topology, "fastemit_lambda": fastemit_lambda,
+            "delay_penalty": delay_penalty, "infeasible": infeasible, "validate": validate,
+        }  # fmt: skip
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The count of steps, which is part of the state."""
+        return {"step": self.step}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take up the count of steps."""
+        self.step = state["step"]
+
+    def weights(self) -> tuple[float, float]:
+        """Weights of the simple and of the pruned loss at this step."""
+        warm = 1.0 if self.step >= self.warm_step else self.step / self.warm_step
+        return 1.0 - warm * (1.0 - self.simple_scale), 0.1 + 0.9 * warm
+
+    def forward(
+        self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
+        simple_encoder: Tensor | None = None, simple_predictor: Tensor | None = None,
+    ) -> PrunedLosses:  # fmt: skip
+        """Both losses and their weighted sum.
+
+        Parameters
+        ----------
+        encoder : (B, T, H) tensor
+        predictor : (B, U+1, H) tensor
+        targets, encoder_lengths, target_lengths
+            As of `rnnt_loss`.
+        simple_encoder : (B, T, encoder_features) tensor, optional
+        simple_predictor : (B, U+1, predictor_features) tensor, optional
+            Inputs to the simple projections, where those are not the joint's.
+
+        Returns
+        -------
+        PrunedLosses
+        """
+        am = self.simple_encoder(encoder if simple_encoder is None else simple_encoder)
+        lm = self.simple_predictor(predictor if simple_predictor is None else simple_predictor)
+        simple, occupancy = simple_rnnt_loss(am, lm, targets, encoder_lengths, target_lengths, **self.scales, **self.common)
+        band = prune(
+            occupancy, encoder_lengths, target_lengths, s_range=self.s_range, strategy=self.strategy,
+            topology=self.common["topology"],
+        )  # fmt: skip
+        pruned = joint_rnnt_loss(
+            encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths, band=band,
+            dropout=self.dropout if self.training else 0.0, **self.common, **self.options,
+        )  # fmt: skip
+        of_simple, of_pruned = self.weights()
+        if self.training:
+            self.step += 1
+        return PrunedLosses(of_simple * simple + of_pruned * pruned, simple, pruned, band)

@@ -1,0 +1,38 @@
+"""Every loss in plain float64 loops: the definition that the tests and the `check` command compare with.
+
+The lattice of one utterance has the cells (t, u), 0 <= t < T and 0 <= u <= U: u labels have been emitted.
+A blank arc of weight lb(t, u) leaves each cell for (t + 1, u), a label arc emits label u + 1:
+
+=============  ======================  =======================  ======================================
+topology       label arc leads to      it weighs                the path ends with
+=============  ======================  =======================  ======================================
+`regular`      (t, u + 1)              le(t, u)                 the blank out of (T - 1, U)
+`modified`     (t + 1, u + 1)          le(t, u)                 the blank or label that reaches (T, U)
+`constrained`  (t + 1, u + 1)          le(t, u) + lb(t, u + 1)  the blank or label that reaches (T, U)
+=============  ======================  =======================  ======================================
+
+A band keeps of each row t the cells first[t] <= u < end[t], where end[t] is first[t] + W unless it is given and
+less. It is the full lattice with weight -inf in all other cells: a path that enters such a cell has to leave it,
+and so has probability zero. (T, U), which a path only reaches, is no cell and belongs to no row.
+"""
+
+from transducer_loss.reference.band import band_of_alignment, kept_mass, prune
+from transducer_loss.reference.joint import joint_rnnt_loss
+from transducer_loss.reference.lattice import effective_occupancy, lattice_loss
+from transducer_loss.reference.losses import align, occupancy, rnnt_loss
+from transducer_loss.reference.simple import simple_rnnt_loss
+from transducer_loss.reference.softmax import log_probs
+
+__all__ = [
+    "align",
+    "band_of_alignment",
+    "effective_occupancy",
+    "joint_rnnt_loss",
+    "kept_mass",
+    "lattice_loss",
+    "log_probs",
+    "occupancy",
+    "prune",
+    "rnnt_loss",
+    "simple_rnnt_loss",
+]
