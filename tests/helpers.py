@@ -130,6 +130,32 @@ def random_batch(
     return Batch(logits.astype(numpy_dtype(dtype)), targets, frames, labels, blank)
 
 
+def naive_occupancies(lb: Array, le: Array, topology: str) -> tuple[Any, Array, Array]:
+    """Loss, and effective occupancies, by the recursions in log-space, each operation rounded to the dtype of the arcs."""
+    kind, (T, columns) = lb.dtype, lb.shape
+    U = columns - 1
+    le = le.copy()
+    le[:, U] = -np.inf
+    step = 0 if topology == "regular" else 1
+    if topology == "constrained":
+        le[:, :U] += lb[:, 1:]
+    ahead = np.full((T + 1, U + 2), -np.inf, kind)
+    back = ahead.copy()
+    ahead[0, 0] = back[T, U] = 0
+    for t, u in np.ndindex(T + 1, U + 1):
+        if t > 0:
+            ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - 1, u] + lb[t - 1, u])
+        if u > 0 and step <= t < T + step:
+            ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - step, u - 1] + le[t - step, u - 1])
+    for t, u in reversed(list(np.ndindex(T, U + 1))):
+        back[t, u] = np.logaddexp(lb[t, u] + back[t + 1, u], le[t, u] + back[t + step, u + 1])
+    gb = np.exp(ahead[:T, : U + 1] + lb + back[1:, : U + 1] - back[0, 0])
+    ge = np.exp(ahead[:T, : U + 1] + le + back[step : T + step, 1:] - back[0, 0])
+    if topology == "constrained":
+        gb[:, 1:] += ge[:, :U]
+    return -back[0, 0], gb, ge
+
+
 def naive_gradient(batch: Batch, topology: str) -> Array:
     """Gradient by the recursions in log-space, each operation rounded to the dtype of the logits."""
     kind = batch.logits.dtype
@@ -140,24 +166,7 @@ def naive_gradient(batch: Batch, topology: str) -> Array:
         logp = x - (top + np.log(np.exp(x - top).sum(-1, keepdims=True, dtype=kind)))
         lb = logp[..., batch.blank]
         le = np.take_along_axis(logp, np.append(batch.targets[b, :U], 0)[None, :, None], -1)[..., 0]
-        le[:, U] = -np.inf
-        step = 0 if topology == "regular" else 1
-        if topology == "constrained":
-            le[:, :U] += lb[:, 1:]
-        ahead = np.full((T + 1, U + 2), -np.inf, kind)
-        back = ahead.copy()
-        ahead[0, 0] = back[T, U] = 0
-        for t, u in np.ndindex(T + 1, U + 1):
-            if t > 0:
-                ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - 1, u] + lb[t - 1, u])
-            if u > 0 and step <= t < T + step:
-                ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - step, u - 1] + le[t - step, u - 1])
-        for t, u in reversed(list(np.ndindex(T, U + 1))):
-            back[t, u] = np.logaddexp(lb[t, u] + back[t + 1, u], le[t, u] + back[t + step, u + 1])
-        gb = np.exp(ahead[:T, : U + 1] + lb + back[1:, : U + 1] - back[0, 0])
-        ge = np.exp(ahead[:T, : U + 1] + le + back[step : T + step, 1:] - back[0, 0])
-        if topology == "constrained":
-            gb[:, 1:] += ge[:, :U]
+        _, gb, ge = naive_occupancies(lb, le, topology)
         grad = (gb + ge)[..., None] * np.exp(logp)
         grad[..., batch.blank] -= gb
         for u in range(U):

@@ -18,6 +18,7 @@ from helpers import (
     epsilon,
     error,
     expect_close,
+    naive_occupancies,
     numpy_dtype,
     path_noise,
     random_lengths,
@@ -289,7 +290,6 @@ def test_scales_that_sum_to_more_than_one() -> None:
 def naive(of: Inputs, topology: str, scales: tuple[float, float]) -> tuple[Array, Array, Array]:
     """Loss and gradients by all cells' log-probabilities and log-space recursions, each operation in the inputs' dtype."""
     kind = of.am.dtype.type
-    step = 0 if topology == "regular" else 1
 
     def log_softmax(x: Array) -> Array:
         top = x.max(-1, keepdims=True)
@@ -308,25 +308,7 @@ def naive(of: Inputs, topology: str, scales: tuple[float, float]) -> tuple[Array
         frames = log_softmax(x + unigram)
         logp = by_both * both + by_lm_alone * alone + by_am_alone * frames[:, None]
         lb, le = logp[..., 0].copy(), np.take_along_axis(logp, np.append(labels, 0)[None, :, None], -1)[..., 0]
-        le[:, U] = -np.inf
-        arc = le.copy()
-        if topology == "constrained":
-            arc[:, :U] += lb[:, 1:]
-        ahead = np.full((T + 1, U + 2), -np.inf, kind)
-        back = ahead.copy()
-        ahead[0, 0] = back[T, U] = 0
-        for t, u in np.ndindex(T + 1, U + 1):
-            if t > 0:
-                ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - 1, u] + lb[t - 1, u])
-            if u > 0 and step <= t < T + step:
-                ahead[t, u] = np.logaddexp(ahead[t, u], ahead[t - step, u - 1] + arc[t - step, u - 1])
-        for t, u in reversed(list(np.ndindex(T, U + 1))):
-            back[t, u] = np.logaddexp(lb[t, u] + back[t + 1, u], arc[t, u] + back[t + step, u + 1])
-        loss[b] = -back[0, 0]
-        gb = np.exp(ahead[:T, : U + 1] + lb + back[1:, : U + 1] - back[0, 0])
-        ge = np.exp(ahead[:T, : U + 1] + arc + back[step : T + step, 1:] - back[0, 0])
-        if topology == "constrained":
-            gb[:, 1:] += ge[:, :U]
+        loss[b], gb, ge = naive_occupancies(lb, le, topology)
         by = np.zeros_like(logp)
         by[..., 0] -= gb
         for u in range(U):

@@ -177,17 +177,27 @@ def _integers(value: Any, name: str, dims: str) -> Any:
     return array
 
 
+def expect_band(band: Any) -> None:
+    """Raise unless `band` is one."""
+    if not isinstance(band, Band):
+        raise TypeError(f"band: expected a Band, got {type(band).__name__}")
+
+
+def on_processor(band: Band, processor: Any) -> Band:
+    """A band whose rows the processor can read."""
+    if on_host(band.first) == processor.host:
+        return band
+    if processor.host:
+        raise ValueError("band: expected one on the host, as the inputs, got one on a device")
+    return dataclasses.replace(band, first=processor.to_device(band.first), end=processor.to_device(band.end))
+
+
 def band_for(band: Any, processor: Any, frames: Ints, labels: Ints) -> Cells:
     """Cells of a band that belongs to utterances of these lengths, on their processor; full rows where it is None."""
     if band is None:
         return Cells.full(frames, labels)
-    if not isinstance(band, Band):
-        raise TypeError(f"band: expected a Band, got {type(band).__name__}")
+    expect_band(band)
     for name, mine, theirs in (("frame", band.frames, frames), ("target", band.labels, labels)):
         if not np.array_equal(mine, theirs):
             raise ValueError(f"band: expected the band of this batch, of {name} lengths {theirs.tolist()}, got {mine.tolist()}")
-    if processor.host and not on_host(band.first):
-        raise ValueError("band: expected one on the host, as the inputs, got one on a device")
-    if not processor.host and on_host(band.first):
-        band = dataclasses.replace(band, first=processor.to_device(band.first), end=processor.to_device(band.end))
-    return Cells.of_band(band)
+    return Cells.of_band(on_processor(band, processor))

@@ -37,11 +37,11 @@ def finite(value: Any, name: str) -> float:
     return number
 
 
-def whole_number(value: Any, name: str, low: int) -> int:
-    """An int of at least `low`."""
+def whole_number(value: Any, name: str, low: int | None = None) -> int:
+    """An int, of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < low:
+    if low is not None and value < low:
         raise ValueError(f"{name}: expected {low} or more, got {value}")
     return int(value)
 
@@ -76,9 +76,7 @@ class Options:
         infeasible: str,
     ) -> Options:
         """Raise for what is not an option; resolve a negative `blank`."""
-        if isinstance(blank, bool) or not isinstance(blank, (int, np.integer)):
-            raise TypeError(f"blank: expected an int, got {type(blank).__name__}")
-        if not -classes <= blank < classes:
+        if not -classes <= whole_number(blank, "blank") < classes:
             raise ValueError(f"blank: expected a class in [{-classes}, {classes}), got {blank}")
         if hat and normalized:
             raise ValueError("hat: expected False with normalized=True (HAT normalises the logits itself), got True")

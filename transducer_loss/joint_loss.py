@@ -19,6 +19,7 @@ from transducer_loss.checks import (
     float_array,
     lengths,
     targets_for,
+    whole_number,
 )
 from transducer_loss.engine import Gradients, Saved, running
 from transducer_loss.joint import ACTIVATIONS, Joint
@@ -89,8 +90,7 @@ def problem(
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if not 0.0 <= finite(occupancy_floor, "occupancy_floor") < 1.0:
         raise ValueError(f"occupancy_floor: expected a share in [0, 1), got {occupancy_floor}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    drawn_from = whole_number(seed, "seed") & (1 << 63) - 1
     kind = choice(activation, ACTIVATIONS, "activation")
     frames = lengths(encoder_lengths, "encoder_lengths", batch, 1, most_frames, "T")
     labels = lengths(target_lengths, "target_lengths", batch, 0, predictor.shape[1] - 1, "U")
@@ -104,7 +104,7 @@ def problem(
         read = (encoder, predictor, weight, bias)
         copied = sum(new.nbytes for old, new in zip(inputs, read, strict=True) if new is not None and new is not old)
         return Problem(
-            processor, Joint(encoder, predictor, kind, float(dropout), int(seed) & (1 << 63) - 1), weight, bias,
+            processor, Joint(encoder, predictor, kind, float(dropout), drawn_from), weight, bias,
             band_for(band, processor, frames, labels),
             targets_for(targets, processor, labels, classes, checked, validate), checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from transducer_loss import lattice
-from transducer_loss.arrays import COMPUTE, element_strides, on_host
-from transducer_loss.band import Band
-from transducer_loss.cells import Cells, Group, Ints
+from transducer_loss.arrays import COMPUTE, element_strides
+from transducer_loss.band import Band, expect_band, on_processor
+from transducer_loss.cells import Cells, Ints
 from transducer_loss.checks import TOPOLOGIES, Options, choice, expect_shape, float_array, lengths, whole_number
 from transducer_loss.processors import Allocate, processor_for
 from transducer_loss.softmax import Arcs
@@ -113,32 +113,35 @@ def pruned(
             group.rows, group.table, group.count, *pair, width, 0 if as_k2 else kind, int(as_k2), scores, most_frames, first,
             steps=width, per_thread=1,
         )  # fmt: skip
-        best = first.copy() if optimal else None
         processor.launch(
             "band_local", batch, most_frames, batch, group.table, width, step, most_frames, first, per_thread=1
         )
-        ends = processor.to_device(np.minimum(labels + 1, 2**31 - 1).astype(np.int32))[:, None]
-        band = Band(first, np.minimum(first + np.int32(width), ends), width, frames, labels, asked)
-        band = dataclasses.replace(band, mass=_mass(processor, band, group, pair, topology))
-        if best is None:
-            return band
-        best[...] = first
+        ends = processor.to_device((labels + 1).astype(np.int32))[:, None]
+
+        def band_of(first: Any) -> Band:
+            band = Band(first, np.minimum(first + np.int32(width), ends), width, frames, labels, asked)
+            # k2 knows no mass.
+            return band if as_k2 else dataclasses.replace(band, mass=_mass(processor, band, pair, topology))
+
+        local = band_of(first)
+        if not optimal:
+            return local
+        best = first.copy()
         processor.launch(
             f"band_optimal<{real}>", batch, columns,
             batch, group.table, width, step, scores, processor.empty((batch, 2, columns), "float64"),
             processor.empty((batch, most_frames, columns), "int32"), most_frames, best, steps=step * most_frames, per_thread=1,
         )  # fmt: skip
-        other = Band(best, np.minimum(best + np.int32(width), ends), width, frames, labels, asked)
-        mass = _mass(processor, other, group, pair, topology)
-        better = mass > band.mass
+        other = band_of(best)
+        better = other.mass > local.mass
         rows = better[:, None]
         return dataclasses.replace(
-            band, first=np.where(rows, best, first), end=np.where(rows, other.end, band.end),
-            mass=np.where(better, mass, band.mass),
+            local, first=np.where(rows, best, first), end=np.where(rows, other.end, local.end),
+            mass=np.where(better, other.mass, local.mass),
         )  # fmt: skip
 
 
-def _mass(processor: Any, band: Band, full: Group, occupancy: tuple[Any, Any], topology: str) -> Any:
+def _mass(processor: Any, band: Band, occupancy: tuple[Any, Any], topology: str) -> Any:
     """Share of the paths' probability that stays in the band."""
     real = occupancy[0].dtype.name
     group = Cells.of_band(band).group(processor)
@@ -247,8 +250,7 @@ def gathered_backward(
 
 def _expect_gatherable(band: Any, batch: int, labels: int) -> tuple[int, int]:
     """Padded frames and width of a band of `batch` utterances of less than `labels` labels."""
-    if not isinstance(band, Band):
-        raise TypeError(f"band: expected a Band, got {type(band).__name__}")
+    expect_band(band)
     if len(band.labels) != batch or int(band.labels.max()) >= labels:
         raise ValueError(
             f"band: expected one of {batch} utterances of less than {labels} labels, got target lengths {band.labels.tolist()}"
@@ -258,8 +260,6 @@ def _expect_gatherable(band: Any, batch: int, labels: int) -> tuple[int, int]:
 
 def _rows_of(processor: Any, band: Band) -> tuple[Any, Any, Any]:
     """Table of utterances, first and end, on the processor."""
-    first, end = (
-        processor.dense(array if on_host(array) == processor.host else processor.to_device(array), "int32")
-        for array in (band.first, band.end)
-    )
+    band = on_processor(band, processor)
+    first, end = (processor.dense(array, "int32") for array in (band.first, band.end))
     return Cells.full(band.frames, band.labels).group(processor).table, first, end
