@@ -24,11 +24,14 @@ from transducer_loss.adapters.torch_pruned import (
     prune,
     simple_rnnt_loss,
 )
+from transducer_loss.adapters.torch_sampled import labels_in, sample_classes
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
+from transducer_loss.classes import Classes
 
 __all__ = [
     "Band",
+    "Classes",
     "JointRNNTLoss",
     "PrunedLosses",
     "PrunedRNNTLoss",
@@ -36,8 +39,10 @@ __all__ = [
     "SamplewiseRNNTLoss",
     "gather_predictor",
     "joint_rnnt_loss",
+    "labels_in",
     "prune",
     "rnnt_loss",
+    "sample_classes",
     "samplewise_rnnt_loss",
     "simple_rnnt_loss",
 ]

@@ -41,6 +41,12 @@ def caller(tensor: Tensor) -> Iterator[None]:
         yield
 
 
+def tensor_of(array: Any) -> Tensor:
+    """A tensor over the memory of one of the core's arrays."""
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(array)
+    return tensor
+
+
 def plain(value: Any) -> Any:
     """A tensor without its history; anything else as it is."""
     return value.detach() if isinstance(value, Tensor) else value

@@ -18,9 +18,11 @@ from transducer_loss.adapters.torch_autograd import (
     once_differentiable,
     plain,
     reduced,
+    tensor_of,
 )
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
+from transducer_loss.classes import Classes
 
 
 class _JointLoss(torch.autograd.Function):
@@ -33,11 +35,12 @@ class _JointLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         inputs = (encoder, predictor, weight, bias)
         with caller(encoder):
-            of = joint_loss.problem(*map(plain, inputs), *arguments, **options, **core_arguments(encoder))
+            of = joint_loss.problem(*_one_dtype(*map(plain, inputs)), *arguments, **options, **core_arguments(encoder))
             needed, later = any(ctx.needs_input_grad), reduction == "none"
             share = 1.0 / len(of.cells.frames) if reduction == "mean" else 1.0
             done = joint_loss.forward(of, weight=share, gradient=needed, later=later)
-        ctx.later, ctx.dtype = later, encoder.dtype
+        ctx.later, ctx.dtypes = later, [None if each is None else each.dtype for each in inputs]
+        ctx.classes = of.classes if of.sparse else None
         # Saved in this way, gradients are given up with the graph, and autograd notices when inputs were changed in between.
         if later:
             ctx.of, ctx.done = of, done
@@ -55,10 +58,21 @@ class _JointLoss(torch.autograd.Function):
                 weights = logits_loss.weights_of(ctx.of, upstream)
                 natives, upstream = joint_loss.backward(ctx.of, ctx.done, weights).native, torch.ones_like(upstream[0])
         gradients = [
-            (native * upstream).to(ctx.dtype) if native is not None and needed else None
-            for native, needed in zip(natives, ctx.needs_input_grad, strict=False)
+            (native * upstream).to(dtype) if native is not None and needed else None
+            for native, dtype, needed in zip(natives, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
+        if ctx.classes is not None:
+            gradients[2:] = [None if values is None else _sparse(ctx.classes, values) for values in gradients[2:]]
         return (*gradients, None, None, None)
+
+
+def _sparse(classes: Classes, values: Tensor) -> Tensor:
+    """Gradient of the output layer that is 0 but for the rows of the classes."""
+    ids = tensor_of(classes.ids).to(torch.int64)
+    each = values.shape[ids.ndim :]
+    return torch.sparse_coo_tensor(
+        ids.reshape(1, -1), values.reshape(-1, *each), (classes.vocab_size, *each), check_invariants=False
+    )  # fmt: skip
 
 
 def joint_rnnt_loss(
@@ -75,6 +89,7 @@ def joint_rnnt_loss(
     reduction: str = "mean",
     topology: str = "regular",
     band: Band | None = None,
+    classes: Classes | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
     fastemit_lambda: float = 0.0,
@@ -83,6 +98,7 @@ def joint_rnnt_loss(
     infeasible: str = "inf",
     workspace: int | str | None = None,
     occupancy_floor: float = 1e-6,
+    sparse: bool = False,
     validate: bool = False,
 ) -> Tensor:
     """Transducer loss fused with the joint network, with autograd, in bounded memory.
@@ -102,6 +118,11 @@ def joint_rnnt_loss(
         Of the dropout; drawn from torch's generator where it is None.
     band : Band, optional
         As `prune` returns it: only its cells are ever projected.
+    classes : Classes, optional
+        As `sample_classes` returns them: only their rows of weight and bias are read.
+    sparse : bool
+        With `classes`, make the gradients of weight and bias sparse tensors, as ``torch.nn.Embedding(sparse=True)`` does; not
+        every optimiser takes them (``SGD``, ``Adagrad`` and ``SparseAdam`` do).
     activation, dropout, workspace, occupancy_floor and the others
         As of `transducer_loss.joint_rnnt_loss`.
 
@@ -125,21 +146,22 @@ def joint_rnnt_loss(
     if dropout and seed is None:
         seed = int(torch.randint(1 << 62, ()).item())
     options = {
-        "activation": activation, "blank": blank, "topology": topology, "band": band, "dropout": dropout, "seed": seed or 0,
+        "activation": activation, "blank": blank, "topology": topology, "band": band, "classes": classes,
+        "dropout": dropout, "seed": seed or 0, "sparse": sparse,
         "fastemit_lambda": fastemit_lambda, "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible,
         "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate,
     }  # fmt: skip
     for value, name in ((encoder, "encoder"), (predictor, "predictor"), (weight, "weight"), (bias, "bias")):
         if name != "bias" or value is not None:
             expect_tensor(value, name)
-    inputs = _one_dtype(*followed(encoder, predictor, weight, bias))
+    inputs = followed(encoder, predictor, weight, bias)
     arguments = (plain(targets), plain(encoder_lengths), plain(target_lengths))
     loss: Tensor = _JointLoss.apply(*inputs, reduction, arguments, options)
     return loss
 
 
 def _one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, as a Linear would: parameters are float32 there and activations half."""
+    """Under autocast, as a Linear would: parameters are float32 there, and so are their gradients, and activations half."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -159,6 +181,8 @@ class JointRNNTLoss(torch.nn.Module):
         H and V.
     bias : bool
     dropout : float
+    sparse : bool
+        Of the gradients of the output layer, in calls with `classes`.
     **options
         Keywords of `joint_rnnt_loss`.
 
@@ -172,15 +196,21 @@ class JointRNNTLoss(torch.nn.Module):
     torch.Size([50, 16])
     """
 
-    def __init__(self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, sparse: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         self.output = torch.nn.Linear(features, classes, bias=bias)
-        self.dropout, self.options = dropout, options
+        self.dropout, self.sparse, self.options = dropout, sparse, options
         choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
 
-    def forward(self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any) -> Tensor:
-        """See `joint_rnnt_loss`."""
+    def forward(
+        self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
+        band: Band | None = None, classes: Classes | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `joint_rnnt_loss`; `band` and `classes` are of this batch."""
         return joint_rnnt_loss(
             encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths,
-            dropout=self.dropout if self.training else 0.0, **self.options,
+            band=band, classes=classes, dropout=self.dropout if self.training else 0.0,
+            sparse=self.sparse and classes is not None, **self.options,
         )  # fmt: skip

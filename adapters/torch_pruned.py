@@ -18,10 +18,13 @@ from transducer_loss.adapters.torch_autograd import (
     once_differentiable,
     plain,
     reduced,
+    tensor_of,
 )
 from transducer_loss.adapters.torch_joint import joint_rnnt_loss
+from transducer_loss.adapters.torch_sampled import labels_in
 from transducer_loss.band import Band
 from transducer_loss.checks import choice, finite, whole_number
+from transducer_loss.classes import Classes
 from transducer_loss.paths import Occupancy
 
 
@@ -284,7 +287,7 @@ class PrunedRNNTLoss(torch.nn.Module):
 
     def forward(
         self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
-        simple_encoder: Tensor | None = None, simple_predictor: Tensor | None = None,
+        simple_encoder: Tensor | None = None, simple_predictor: Tensor | None = None, classes: Classes | None = None,
     ) -> PrunedLosses:  # fmt: skip
         """Both losses and their weighted sum.
 
@@ -297,21 +300,38 @@ class PrunedRNNTLoss(torch.nn.Module):
         simple_encoder : (B, T, encoder_features) tensor, optional
         simple_predictor : (B, U+1, predictor_features) tensor, optional
             Inputs to the simple projections, where those are not the joint's.
+        classes : Classes, optional
+            As `sample_classes` returns them for the whole batch: both losses are over them alone, and no array of all V
+            classes is made but for the parameters' gradients. The simple loss takes no correction.
 
         Returns
         -------
         PrunedLosses
         """
-        am = self.simple_encoder(encoder if simple_encoder is None else simple_encoder)
-        lm = self.simple_predictor(predictor if simple_predictor is None else simple_predictor)
-        simple, occupancy = simple_rnnt_loss(am, lm, targets, encoder_lengths, target_lengths, **self.scales, **self.common)
+        simple_encoder = encoder if simple_encoder is None else simple_encoder
+        simple_predictor = predictor if simple_predictor is None else simple_predictor
+        if classes is None:
+            am, lm = self.simple_encoder(simple_encoder), self.simple_predictor(simple_predictor)
+            simple, occupancy = simple_rnnt_loss(am, lm, targets, encoder_lengths, target_lengths, **self.scales, **self.common)
+        else:
+            slots = labels_in(classes, targets, target_lengths)
+            if classes.per_utterance:
+                raise ValueError("classes: expected those of the whole batch, as the simple loss takes one set, got one each")
+            ids = tensor_of(classes.ids).to(encoder.device, torch.int64)
+            am, lm = (
+                torch.nn.functional.linear(rows, layer.weight[ids], layer.bias[ids])
+                for rows, layer in ((simple_encoder, self.simple_encoder), (simple_predictor, self.simple_predictor))
+            )
+            simple, occupancy = simple_rnnt_loss(
+                am, lm, slots, encoder_lengths, target_lengths, **self.scales, **{**self.common, "blank": 0}
+            )
         band = prune(
             occupancy, encoder_lengths, target_lengths, s_range=self.s_range, strategy=self.strategy,
             topology=self.common["topology"],
         )  # fmt: skip
         pruned = joint_rnnt_loss(
             encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths, band=band,
-            dropout=self.dropout if self.training else 0.0, **self.common, **self.options,
+            classes=classes, dropout=self.dropout if self.training else 0.0, **self.common, **self.options,
         )  # fmt: skip
         of_simple, of_pruned = self.weights()
         if self.training:

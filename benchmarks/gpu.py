@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import transducer_loss
-from transducer_loss.adapters.torch import PrunedRNNTLoss, joint_rnnt_loss, rnnt_loss
+from transducer_loss.adapters.torch import PrunedRNNTLoss, joint_rnnt_loss, rnnt_loss, sample_classes
 from transducer_loss.benchmarks.joint_loss import random_case, trained_case
 
 Shape = tuple[int, int, int, int, int]
@@ -65,6 +65,22 @@ def _pruned_step(case: tuple[Any, ...], dtype: torch.dtype, device: str) -> Call
     return functools.partial(_step, lambda *_: losses(encoder, predictor, *integers).loss, leaves)
 
 
+def _sampled_step(
+    case: tuple[Any, ...], dtype: torch.dtype, device: str, samples: int, **options: Any
+) -> Callable[[], list[Tensor]]:
+    """Classes drawn, and the loss over them with sparse gradients of the output layer."""
+    leaves, integers = _joint(case, dtype, device)
+    targets = torch.from_numpy(integers[0]).to(device)
+
+    def step() -> list[Tensor]:
+        classes = sample_classes(
+            targets, integers[2], vocab_size=leaves[2].shape[0], num_samples=samples, correction=True, seed=1, **options
+        )
+        return _step(joint_rnnt_loss, leaves, targets, *integers[1:], classes=classes, sparse=True)
+
+    return step
+
+
 @contextlib.contextmanager
 def _busy(device: str) -> Iterator[None]:
     """Matrix products on another stream all the while."""
@@ -104,18 +120,20 @@ def repeatability(device: str, runs: int = 20) -> dict[str, Any]:
                 "joint_rnnt_loss": functools.partial(_step, joint_rnnt_loss, leaves, *integers),
                 "joint_rnnt_loss, 48 MiB": functools.partial(_step, joint_rnnt_loss, leaves, *integers, workspace="48MiB"),
                 "PrunedRNNTLoss": _pruned_step(random_case(*shape), dtype, device),
+                "sampled, batch": _sampled_step(random_case(*shape), dtype, device, 20),
+                "sampled, utterance": _sampled_step(random_case(*shape), dtype, device, 20, scope="utterance"),
             }
             for name, step in steps.items():
-                first = [result.clone() for result in step()]
-                same = [
-                    all(
-                        torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-                        for a, b in zip(first, step(), strict=True)
-                    )
-                    for _ in range(runs - 1)
-                ]
+                first = _bytes(step())
+                same = [all(map(torch.equal, first, _bytes(step()))) for _ in range(runs - 1)]
                 rows.append({"loss": name, "dtype": _name(dtype), "runs": runs, "same": 1 + sum(same)})
     return {"passed": all(row["same"] == runs for row in rows), "rows": rows}
+
+
+def _bytes(results: list[Tensor]) -> list[Tensor]:
+    """The bits of some results; of sparse ones the values, whose rows are those of one seed."""
+    parts = [part for result in results for part in ((result._indices(), result._values()) if result.is_sparse else (result,))]
+    return [part.clone().contiguous().view(-1).view(torch.uint8) for part in parts]
 
 
 def memory(device: str) -> dict[str, Any]:
@@ -225,6 +243,11 @@ def _works(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
     yield "joint_rnnt_loss, random", functools.partial(joint, random_case)
     yield "joint_rnnt_loss, as trained", functools.partial(joint, trained_case)
     yield "simple and pruned, S=5", lambda: _pruned_step(random_case(*shape), dtype, device)
+    yield "sampled, k=100", lambda: _sampled_step(random_case(*shape), dtype, device, 100)
+    if dtype == torch.bfloat16:
+        # Of a vocabulary whose logits would take 26 GB in float32.
+        large = (8, 200, 40, 100_000, 256) if device != "cpu" else shape
+        yield f"sampled, k=1000, {large}", lambda: _sampled_step(random_case(*large), dtype, device, 1000)
     yield "rnnt_loss", logits
     yield "torchaudio rnnt_loss", functools.partial(_torchaudio, shape, dtype, device)
 

@@ -2,7 +2,7 @@
 
 The joint network is fused into the loss: in training the model only ever makes an encoding per frame and one per character;
 the logits of every (frame, character) pair are never held. The loss is exact, or pruned to the characters that matter in each
-frame.
+frame, or normalised over sampled classes of a vocabulary that is much larger than the alphabet.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import pictures
 import spoken_numbers
 import transducer_loss
 from spoken_numbers import BLANK, Batch, Utterance
-from transducer_loss import Band, Grads, Occupancy
-from transducer_loss.adapters.torch import JointRNNTLoss, PrunedRNNTLoss
+from transducer_loss import Band, Classes, Grads, Occupancy
+from transducer_loss.adapters.torch import JointRNNTLoss, PrunedRNNTLoss, sample_classes
 
 TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 3000, 400
 BATCH_SIZE = 32
@@ -38,6 +38,9 @@ ENCODER_PERIOD = SUBSAMPLING * spoken_numbers.FRAME_PERIOD  # seconds
 PEAK_LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
 EVALUATIONS = 10
 MOST_CHARACTERS_PER_FRAME = 4
+# Beyond the alphabet there are classes that no text has, as a vocabulary of word pieces has for any one batch.
+SAMPLED_VOCABULARY, SAMPLES = 5000, 100
+BIAS_DRAWS, BIAS_UTTERANCES = 20, 8
 CHARACTERS_IN_BAND, LM_ONLY_SCALE, PRUNED_WARM_UP_STEPS = 5, 0.1, 200
 
 console = Console()
@@ -81,9 +84,9 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Encodings of the last two characters: no recurrence, which two characters of context do without."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(len(spoken_numbers.ALPHABET), width // 2)
+        self.embedding = nn.Embedding(vocabulary, width // 2)
         self.project = nn.Linear(width, width)
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
@@ -99,12 +102,14 @@ class Predictor(nn.Module):
 class Recogniser(nn.Module):
     """An encoder, a predictor, and a loss that owns the output layer, which decoding shares."""
 
-    def __init__(self, width: int = 128, loss: str = "exact", workspace: str = "4MiB") -> None:
+    def __init__(
+        self, width: int = 128, loss: str = "exact", workspace: str = "4MiB", vocabulary: int = len(spoken_numbers.ALPHABET)
+    ) -> None:
         super().__init__()
         self.encoder = Encoder(width)
-        self.predictor = Predictor(width)
-        self.pruned = loss == "pruned"
-        shape, options = (width, len(spoken_numbers.ALPHABET)), {"blank": BLANK, "workspace": workspace}
+        self.predictor = Predictor(width, vocabulary)
+        self.pruned, self.sampled = loss == "pruned", loss == "sampled"
+        shape, options = (width, vocabulary), {"blank": BLANK, "workspace": workspace}
         self.loss: JointRNNTLoss | PrunedRNNTLoss
         if self.pruned:
             self.loss = PrunedRNNTLoss(
@@ -148,8 +153,20 @@ def loss_of(model: Recogniser, batch: TensorBatch) -> tuple[Tensor, Tensor]:
     """Mean loss of a batch: what to differentiate, and what of it is a loss of the recogniser, without the simple loss."""
     encoder, _ = model.encoder(batch.features)
     predictor = model.predictor.sequence(batch.targets)
-    losses = model.loss(encoder, predictor, batch.targets, batch.encoder_lengths, batch.target_lengths)
+    chosen = {}
+    if model.sampled:
+        chosen["classes"] = sample_classes(batch.targets, batch.target_lengths, **sampling_of(model))
+    losses = model.loss(encoder, predictor, batch.targets, batch.encoder_lengths, batch.target_lengths, **chosen)
     return (losses.loss, losses.pruned_loss) if model.pruned else (losses, losses)
+
+
+def sampling_of(model: Recogniser, correction: bool = False) -> dict[str, Any]:
+    """How classes are sampled: for each utterance its own, as the few characters of a batch are those of an utterance.
+
+    Without correction: uniform draws of 1 in 50 would weigh 50 times as much, and training hears their noise.
+    """
+    vocabulary = model.output.weight.shape[0]
+    return {"vocab_size": vocabulary, "num_samples": SAMPLES, "scope": "utterance", "correction": correction, "blank": BLANK}
 
 
 @torch.no_grad()
@@ -302,7 +319,37 @@ def gradients_of(model: Recogniser, arguments: tuple[np.ndarray, ...], workspace
     """Make the gradients of a model's loss, as training makes them but in NumPy."""
     simple = simple_loss(model, arguments, gradient=True) if model.pruned else None
     band = band_of(simple[2], arguments) if simple else None
-    return transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, band=band, workspace=workspace)[1]
+    classes = classes_of(model, arguments) if model.sampled else None
+    return transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, band=band, classes=classes, workspace=workspace)[1]
+
+
+def classes_of(model: Recogniser, arguments: tuple[np.ndarray, ...], seed: int = 0, correction: bool = False) -> Classes:
+    """Sampled classes for the arguments of the exact loss."""
+    return transducer_loss.sample_classes(arguments[4], arguments[6], seed=seed, **sampling_of(model, correction))
+
+
+def sampling_results(model: Recogniser, utterances: list[Utterance]) -> dict[str, Any]:
+    """How many classes a sampled loss looks at, and how far it is from the exact one, with and without correction."""
+    arguments = loss_arguments(model, utterances[:BIAS_UTTERANCES])
+
+    def mean_loss(classes: Classes | None) -> float:
+        loss, _ = transducer_loss.joint_rnnt_loss(*arguments, blank=BLANK, classes=classes, gradient=False)
+        return float(loss.mean())
+
+    exact = mean_loss(None)
+    draws = {
+        name: [mean_loss(classes_of(model, arguments, seed, name == "with")) - exact for seed in range(BIAS_DRAWS)]
+        for name in ("with", "without")
+    }
+    return {
+        "vocabulary": int(model.output.weight.shape[0]),
+        "classes": classes_of(model, arguments).slots,
+        "exact_loss": exact,
+        "bias": {
+            name: {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1))}
+            for name, values in draws.items()
+        },
+    }
 
 
 def loss_megabytes(model: Recogniser, arguments: tuple[np.ndarray, ...], workspace: str) -> tuple[float, float]:
@@ -313,7 +360,8 @@ def loss_megabytes(model: Recogniser, arguments: tuple[np.ndarray, ...], workspa
         tensors = [torch.from_numpy(array).to(device).requires_grad_() for array in (encoder, predictor)]
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        model.loss(*tensors, *map(torch.from_numpy, labels))
+        chosen = {"classes": classes_of(model, arguments)} if model.sampled else {}
+        model.loss(*tensors, *map(torch.from_numpy, labels), **chosen)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         tracemalloc.start()  # NumPy reports its arrays there
@@ -368,7 +416,12 @@ def parse_arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=600, help="steps of training (default: %(default)s)")
     length.add_argument("--minutes", type=float, help="minutes of training, in place of steps")
-    parser.add_argument("--loss", choices=("exact", "pruned"), default="exact", help="what to train by (default: %(default)s)")
+    losses = ("exact", "pruned", "sampled")
+    parser.add_argument("--loss", choices=losses, default=losses[0], help="what to train by (default: %(default)s)")
+    parser.add_argument(
+        "--vocabulary", type=int,
+        help=f"classes; those beyond the alphabet are in no text (default: {SAMPLED_VOCABULARY} if sampled, else none of them)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)")
     parser.add_argument("--workspace", default="4MiB", help="temporary memory of the loss (default: %(default)s)")
@@ -413,7 +466,9 @@ def look_into(
         "megabytes": taken,
         "megabytes_of_logits": avoided,
         "training": asdict(done),
-    } | ({"pruning": pruning_results(model, held_out)} if model.pruned else {})
+    } | ({"pruning": pruning_results(model, held_out)} if model.pruned else {}) | (
+        {"sampling": sampling_results(model, held_out)} if model.sampled else {}
+    )
 
 
 def report(results: dict[str, Any]) -> None:
@@ -435,6 +490,13 @@ def report(results: dict[str, Any]) -> None:
         )
         for strategy, kept in pruning["kept"].items():
             print(f"  from end to end, {strategy:7s} {100 * kept['mean']:.2g} % (least {100 * kept['least']:.2g} %)")
+    if sampling := results.get("sampling"):
+        print(
+            f"an utterance's loss looked at {sampling['classes']} of {sampling['vocabulary']} classes; the exact loss is "
+            f"{sampling['exact_loss']:.4f}, the sampled one differs by"
+        )
+        for name, bias in sampling["bias"].items():
+            print(f"  {bias['mean']:+.2g} {name} correction (standard deviation over draws {bias['standard_deviation']:.2g})")
     cells = "band" if pruning else "lattice"
     print(f"{100 * results['share_needing_gradient']:.0f} % of the {cells}'s cells needed a gradient")
     print(", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results["seconds"].items()))
@@ -450,7 +512,11 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     training, held_out = synthesise(arguments.seed)
     times.append(time.perf_counter())
-    model = Recogniser(loss=arguments.loss, workspace=arguments.workspace).to(device)
+    alphabet = len(spoken_numbers.ALPHABET)
+    vocabulary = arguments.vocabulary or (SAMPLED_VOCABULARY if arguments.loss == "sampled" else alphabet)
+    if vocabulary < alphabet:
+        raise SystemExit(f"--vocabulary: expected at least the {alphabet} classes of the alphabet, got {vocabulary}")
+    model = Recogniser(loss=arguments.loss, workspace=arguments.workspace, vocabulary=vocabulary).to(device)
     budget = Budget(arguments.steps, arguments.minutes)
     done = train(model, training, held_out, budget, arguments.seed)
     times.append(time.perf_counter())

@@ -72,8 +72,8 @@ def to_labels(text: str) -> np.ndarray:
 
 
 def to_text(labels: Sequence[int] | np.ndarray) -> str:
-    """Text of labels: the inverse of `to_labels`."""
-    return "".join(ALPHABET[label] for label in labels)
+    """Text of labels: the inverse of `to_labels`. A class beyond the alphabet, as a larger vocabulary may have, is a "?"."""
+    return "".join(ALPHABET[label] if label < len(ALPHABET) else "?" for label in labels)
 
 
 def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:

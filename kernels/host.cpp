@@ -54,6 +54,8 @@ struct Registered {
 #include "compact.cu"
 #include "joint.cu"
 #include "lattice.cu"
+#include "output_layer.cu"
+#include "sampling.cu"
 #include "simple_joint.cu"
 #include "softmax.cu"
 

@@ -2,6 +2,7 @@
 // u, and dP, summed over t, each sum in a fixed order.
 #include "processor.cuh"
 #include "cells.cuh"
+#include "philox.cuh"
 
 enum ActivationName { TANH = 0, RELU, LEAKY_RELU, SIGMOID, GELU, GELU_TANH, SILU, IDENTITY };
 
@@ -64,7 +65,7 @@ template <typename Work> DEVICE void with_activation(long long name, const Work&
     }
 }
 
-// Dropout of the hidden features by Philox 4x32-10. The counter is (h / 4, u, t, b): the same mask whatever the tiles, the
+// Dropout of the hidden features. The counter of its random bits is (h / 4, u, t, b): the same mask whatever the tiles, the
 // groups and the processor, so that the second pass makes the first one's mask again.
 template <typename Real> struct Dropout {
     unsigned long long seed;
@@ -76,19 +77,9 @@ template <typename Real> struct Dropout {
           scale((Real)(1.0 / (1.0 - probability))) {}
 
     DEVICE Real factor(long long b, long long t, long long u, long long h) const {
-        unsigned int c0 = (unsigned int)(h >> 2), c1 = (unsigned int)u, c2 = (unsigned int)t, c3 = (unsigned int)b;
-        unsigned int k0 = (unsigned int)seed, k1 = (unsigned int)(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const unsigned long long p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
-            c0 = (unsigned int)(p1 >> 32) ^ c1 ^ k0;
-            c1 = (unsigned int)p1;
-            c2 = (unsigned int)(p0 >> 32) ^ c3 ^ k1;
-            c3 = (unsigned int)p0;
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
-        const int word = (int)(h & 3);
-        const unsigned int bits = word == 0 ? c0 : word == 1 ? c1 : word == 2 ? c2 : c3;
+        const Philox drawn =
+            philox(seed, (unsigned int)(h >> 2), (unsigned int)u, (unsigned int)t, (unsigned int)b);
+        const unsigned int bits = drawn.word((int)(h & 3));
         return bits < threshold ? Real(0) : scale;
     }
 };

@@ -212,6 +212,23 @@ DEVICE double error_function(double x) { return __builtin_erf(x); }
 DEVICE void prefetch(const void*) {}
 #endif
 
+// Of several blocks or threads: sums of integers are the same in any order, and so is what all write alike.
+DEVICE void add_atomically(unsigned long long* sum, unsigned long long value) {
+#if defined(__CUDACC__)
+    atomicAdd(sum, value);
+#else
+    __atomic_fetch_add(sum, value, __ATOMIC_RELAXED);
+#endif
+}
+
+DEVICE void store_atomically(unsigned char* p, unsigned char value) {
+#if defined(__CUDACC__)
+    *p = value;
+#else
+    __atomic_store_n(p, value, __ATOMIC_RELAXED);
+#endif
+}
+
 struct Sum { template <typename T> static DEVICE T of(T a, T b) { return a + b; } };
 struct Max { template <typename T> static DEVICE T of(T a, T b) { return larger(a, b); } };
 

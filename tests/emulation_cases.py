@@ -13,7 +13,7 @@ import pytest
 
 import transducer_loss as tl
 from emulation import Driver, Emulated, EmulatedAsOnCuda, Plain, PlainAsOnCuda, running_on
-from transducer_loss import band, joint_loss, lattice, logits_loss, pruning, simple_loss, softmax
+from transducer_loss import band, classes, joint_loss, lattice, logits_loss, pruning, sampling, simple_loss, softmax
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.cells import Cells
 from transducer_loss.joint import ACTIVATIONS
@@ -59,7 +59,7 @@ class Case:
     def on(self, processor: Host) -> list[Array]:
         """What the call returns on a processor."""
         with running_on(processor), pytest.MonkeyPatch.context() as patch:
-            for module in (simple_loss, pruning, band):
+            for module in (simple_loss, pruning, band, sampling, classes):
                 patch.setattr(module, "processor_for", lambda *_: processor)
             # Three small utterances at a time, where CUDA would take all.
             patch.setattr(simple_loss, "_TASK_BYTES", 8_000)
@@ -332,6 +332,56 @@ def within(of: tl.Band, function: Callable[..., Any], packed: bool = False) -> C
     return call
 
 
+def sample_case(
+    name: str, proposal: str, *, scope: str = "batch", block: int = 64, dtype: str = "float32", frames: list[int] = FRAMES,
+    lengths: list[int] = LABELS, classes: int = 70, samples: int = 9, correction: bool = False, count: str = "float64",
+    label_dtype: str = "int64", some: bool = False, at_once: int = 16 << 20, part: int = 2048, seed: int = 0,
+) -> Case:  # fmt: skip
+    """Classes of a sampled softmax, the same ones however it is run; with `some`, most classes have no weight.
+
+    Logits are a slice of something wider, with NaN and infinities; scratch is for `at_once` bytes, work cut by `part` classes.
+    """
+    rng = np.random.default_rng(seed)
+    targets = labels(rng, frames, lengths, classes, label_dtype)
+    targets.flags.writeable = True
+    targets[:, -1:] = targets[:, :1]  # so that several threads keep a class
+    given: dict[str, Any] = {}
+    if proposal == "unigram":
+        counts = rng.zipf(1.5, classes).clip(0, 100) * (rng.random(classes) < (0.1 if some else 0.9))
+        counts[0] += 1
+        given["counts"] = frozen(counts.astype(numpy_dtype(count)))
+    if proposal == "ctc":
+        logits = rng.normal(0, 6 if some else 2, (len(frames), max(frames), classes + 3))
+        logits[0, 0, ::3] = -np.inf
+        logits[-1, -1, ::5] = np.nan
+        logits[0, -1, classes // 2] = np.inf
+        for b, length in enumerate(frames):
+            logits[b, length:] = np.nan
+        given |= {"ctc_logits": frozen(logits.astype(numpy_dtype(dtype)))[..., 1:-2], "ctc_lengths": frames}
+
+    def run() -> tl.Classes:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_SCRATCH", at_once)
+            patch.setattr(sampling, "_PART", part)
+            return tl.sample_classes(
+                targets, lengths, vocab_size=classes, num_samples=samples, proposal=proposal, scope=scope, blank=classes // 3,
+                correction=correction, seed=seed, step=seed + 1, **given,
+            )  # fmt: skip
+
+    return Case(name, run, block, rounding="float64")
+
+
+def some_classes(scope: str, correction: bool, blank: int = 0, **shape: Any) -> tl.Classes:
+    """Of a `joint_problem`, drawn on the host, whatever a case runs on."""
+    _, _, weight, _, targets, _, lengths = joint_problem(**shape)
+    of = tl.sample_classes(
+        targets, lengths, vocab_size=len(weight), num_samples=6, scope=scope, correction=correction, blank=blank
+    )  # fmt: skip
+    frozen(of.ids)
+    frozen(of.probability)
+    return of
+
+
 # Two utterances with a band from k2, one of an alignment whose rows end early, and one that nobody checked.
 BANDS = {
     "pruned": some_band([5, 4], [4, 1], 3, "regular"),
@@ -411,6 +461,7 @@ def _cases() -> list[Case]:
           for topology in topologies),
         *_simple_cases(tiniest, every),
         *_band_cases(tiniest),
+        *_sampled_cases(tiniest, every),
     ]  # fmt: skip
 
 
@@ -468,6 +519,68 @@ def _band_cases(tiniest: dict[str, Any]) -> list[Case]:
         *(joint_case(f"occupancy-{name}", call=tl.occupancy, options={"band": of}, **shape) for name, of in BANDS.items()),
         gather_case_of("gather-unordered", BANDS["unordered"]),
     ]  # fmt: skip
+
+
+def _sampled_cases(tiniest: dict[str, Any], every: dict[str, Any]) -> list[Case]:
+    scopes, proposals = ("batch", "utterance"), sampling.PROPOSALS
+    shape = {"frames": [5, 4], "lengths": [4, 1]}
+    strips = {"tile_bytes": 1}
+    wild = dataclasses.replace(
+        some_classes("utterance", True, **shape),
+        ids=frozen(np.array([[0, -1, 7, 40, 2**31 - 1], [0, 3, 9, 10, -(2**31)]], np.int32)),
+        probability=frozen(np.ones((2, 5), np.float32)),
+    )
+    return [
+        *(sample_case(f"sample-{proposal}-{scope}{'-corrected' * correction}", proposal, scope=scope, correction=correction,
+                      label_dtype="int32" if correction else "int64", seed=int(correction))
+          for proposal in proposals for scope in scopes for correction in (False, True)),
+        *(sample_case(f"sample-{scope}-{dtype}", "ctc", scope=scope, dtype=dtype, part=32)
+          for scope in scopes for dtype in FLOATS),
+        *(sample_case(f"sample-{proposal}-block-{block}", proposal, block=block, scope="utterance", correction=True, classes=150)
+          for proposal in proposals for block in (32, 128)),
+        *(sample_case(f"sample-{proposal}-block-1024", proposal, block=1024, correction=True, classes=1500, samples=400, **tiniest)
+          for proposal in proposals),
+        *(sample_case(f"sample-{proposal}-one-by-one", proposal, scope="utterance", at_once=1) for proposal in proposals),
+        sample_case("sample-ctc-two-at-once", "ctc", scope="utterance", at_once=2 * 9 * 70),
+        # More than there are of any weight; more than there are; none at all.
+        *(sample_case(f"sample-{proposal}-{'few' if some else 'all'}", proposal, some=some, samples=40 if some else 200)
+          for proposal in proposals for some in (True, False) if some or proposal == "uniform"),
+        sample_case("sample-nothing", "uniform", samples=0, lengths=[0, 0, 0, 0]),
+        sample_case("sample-one-class", "ctc", classes=1, samples=3, lengths=[0, 0, 0, 0]),
+        sample_case("sample-unigram-int32", "unigram", count="int32", correction=True, seed=3),
+        *(joint_case(f"joint-classes-{scope}-{dtype}", dtype=dtype, processor=strips,
+                     options={"classes": some_classes(scope, True, dtype=dtype), **every})
+          for scope in scopes for dtype in FLOATS),
+        *(joint_case(f"joint-classes-{scope}-{dtype}-as-on-cuda", dtype=dtype, cuda=True,
+                     options={"classes": some_classes(scope, True, dtype=dtype), "weights": [3.0, 1.0, 0.0, -1.0]})
+          for scope, dtype in zip(scopes, ("float16", "bfloat16"), strict=True)),
+        *(joint_case(f"joint-classes-{scope}-sparse", options={"classes": some_classes(scope, False), "sparse": True})
+          for scope in scopes),
+        *(joint_case(f"joint-classes-block-{block}", block=block, processor=strips,
+                     options={"classes": some_classes("utterance", True), "occupancy_floor": 0.0}) for block in (32, 128)),
+        joint_case("joint-classes-block-1024", block=1024, features=5,
+                   options={"classes": some_classes("batch", True, features=5, **tiniest)}, **tiniest),
+        joint_case("joint-classes-no-bias", bias=False, options={"classes": some_classes("batch", True, 3, bias=False), "blank": 3}),
+        joint_case("joint-classes-hat", options={"classes": some_classes("utterance", True), "hat": True}),
+        joint_case("joint-classes-made-again", processor=strips, planned=lambda plan: not any(plan.retained),
+                   options={"classes": some_classes("utterance", True, **shape)}, **shape),
+        *(joint_case(f"joint-classes-{name}", options={"classes": some_classes(scope, True, **shape), "band": of}, **shape)
+          for scope, (name, of) in zip(scopes, list(BANDS.items())[:2], strict=True)),
+        *(joint_case(f"{call.__name__}-classes", call=call, options={"classes": some_classes("utterance", True)})
+          for call in (tl.occupancy, tl.align)),
+        joint_case("joint-classes-unchecked", call=with_classes(wild), options={"occupancy_floor": 0.0}, **shape),
+    ]  # fmt: skip
+
+
+def with_classes(of: tl.Classes) -> Callable[..., Any]:
+    """The joint-fused loss of classes that nobody checked."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joint_loss, "classes_for", lambda *_: of)
+            return tl.joint_rnnt_loss(*arguments, classes=of, **options)
+
+    return call
 
 
 def gather_case_of(name: str, of: tl.Band) -> Case:

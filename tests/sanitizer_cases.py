@@ -22,6 +22,7 @@ from transducer_loss.check import _least_workspace
 from transducer_loss.checks import TOPOLOGIES
 from transducer_loss.joint import ACTIVATIONS
 from transducer_loss.pruning import STRATEGIES
+from transducer_loss.sampling import SCOPES
 
 Case = tuple[str, Callable[[], Any]]
 ToDevice = Callable[[Any], Any]
@@ -104,6 +105,37 @@ def pruned_cases(to_device: ToDevice) -> Iterator[Case]:
         _, _, occupancy = tl.simple_rnnt_loss(*simple)
         for strategy in STRATEGIES:
             yield f"prune, {name}, {strategy}", functools.partial(_mass, occupancy, *simple[3:], strategy)
+
+
+def sampled_cases(to_device: ToDevice) -> Iterator[Case]:
+    """Classes drawn by every proposal, and losses over them, alone and in a band."""
+    rng = np.random.default_rng(3)
+    for scope, dtype in itertools.product(SCOPES, FLOATS):
+        (_, targets, frames, labels), joint = make(to_device, dtype, classes=700)
+        head = to_device(rng.normal(size=(3, 5, 700)).astype(numpy_dtype(dtype)))
+        given: dict[str, dict[str, Any]] = {
+            "uniform": {}, "unigram": {"counts": to_device(rng.integers(0, 9, 700))},
+            "ctc": {"ctc_logits": head, "ctc_lengths": frames},
+        }  # fmt: skip
+        _, _, occupancy = tl.simple_rnnt_loss(*make_simple(to_device, dtype, classes=700))
+        band = tl.prune(occupancy, frames, labels, s_range=3)
+        for proposal, options in given.items():
+            classes = tl.sample_classes(
+                to_device(targets), labels, vocab_size=700, num_samples=20, proposal=proposal, scope=scope, correction=True,
+                **options,
+            )  # fmt: skip
+            name = f"{dtype} {scope} {proposal}"
+            call = functools.partial(tl.joint_rnnt_loss, *joint, classes=classes)
+            yield f"joint_rnnt_loss {name}", call
+            yield f"joint_rnnt_loss {name}, sparse", functools.partial(call, sparse=True, hat=True)
+            yield f"joint_rnnt_loss {name}, band, small tiles", functools.partial(
+                _in_small_tiles, functools.partial(call, band=band, occupancy_floor=0.0)
+            )
+    for name, count in {"few classes": 2, "one class": 1, "many classes": 100_000}.items():
+        drawn = tl.sample_classes(
+            to_device(np.zeros((2, 3), np.int64)), [3, 0], vocab_size=count, num_samples=40, scope="utterance"
+        )
+        yield f"sample_classes, {name}", functools.partial(getattr, drawn, "probability")
 
 
 def _simple(*arguments: Any, **options: Any) -> Any:
@@ -241,7 +273,8 @@ def main() -> None:
         fault(arguments.fault)
         return
     count = 0
-    for name, call in itertools.chain(regular_cases(to_device), pruned_cases(to_device), special_cases(to_device, on_host)):
+    cases = (regular_cases(to_device), pruned_cases(to_device), sampled_cases(to_device), special_cases(to_device, on_host))
+    for name, call in itertools.chain(*cases):
         result = call()
         loss = result[0] if isinstance(result, tuple) else result
         if not np.isfinite(loss.get() if hasattr(loss, "get") else loss).all():

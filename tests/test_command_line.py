@@ -78,7 +78,7 @@ def test_check_as_json_is_one_object_and_nothing_else() -> None:
     found = json.loads(done.stdout)
     assert (found["device"], found["passed"], found["failed"]) == ("cpu", True, 0)
     called = {(row["function"], row["topology"], row["dtype"], row["variant"]) for row in found["rows"]}
-    assert len(called) == len(found["rows"]) == 3 * 4 * (6 + 5 + 4)  # topologies, dtypes, variants of each loss
+    assert len(called) == len(found["rows"]) == 3 * 4 * (6 + 7 + 4)  # topologies, dtypes, variants of each loss
     # An error of exactly zero everywhere would mean that the reference was compared with itself.
     assert all(0 < row["gradient_error"] <= row["gradient_budget"] for row in found["rows"])
     assert "checking joint_rnnt_loss constrained hat" in done.stderr
@@ -236,6 +236,29 @@ def test_a_loss_that_ignores_an_option_fails_its_rows_alone(
     right = transducer_loss.rnnt_loss
     monkeypatch.setattr(transducer_loss, "rnnt_loss", lambda *inputs, **options: right(*inputs, **{**options, option: value}))
     assert {row.variant for row in failing("rnnt_loss")} == rows
+
+
+@pytest.mark.parametrize(
+    ("option", "rows"), [("band", {"band", "band and classes"}), ("classes", {"classes", "band and classes"})]
+)
+def test_a_joint_that_ignores_its_band_or_classes_fails_their_rows_alone(
+    option: str, rows: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = transducer_loss.joint_rnnt_loss
+    monkeypatch.setattr(
+        transducer_loss, "joint_rnnt_loss", lambda *inputs, **options: right(*inputs, **{**options, option: None})
+    )
+    found = failing("joint_rnnt_loss")
+    assert {row.variant for row in found} == rows
+    assert len(found) == 3 * len(rows)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"correction": False}])
+def test_other_classes_or_no_correction_fail_their_rows_alone(other: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not failing("joint_rnnt_loss")  # what is expected is known, and kept, from here on
+    right = check_cases.sample_classes
+    monkeypatch.setattr(check_cases, "sample_classes", lambda *inputs, **options: right(*inputs, **{**options, **other}))
+    assert {row.variant for row in failing("joint_rnnt_loss")} == {"classes", "band and classes"}
 
 
 @pytest.mark.parametrize("small", [True, False])

@@ -26,8 +26,10 @@ from emulation_cases import (
     joint_case,
     logits_case,
     prune_case,
+    sample_case,
     simple_case,
     some_band,
+    some_classes,
     within,
 )
 from transducer_loss import engine, tiling
@@ -35,6 +37,7 @@ from transducer_loss.arrays import FLOATS
 from transducer_loss.joint import ACTIVATIONS
 from transducer_loss.processors import host_library
 from transducer_loss.pruning import STRATEGIES
+from transducer_loss.sampling import PROPOSALS, SCOPES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
@@ -111,7 +114,7 @@ def cases(draw: st.DrawFn) -> Case:
         "weights": draw(st.none() | st.lists(st.sampled_from([0.0, 1.0, -2.0]), min_size=batch, max_size=batch)),
     }
     block = draw(st.sampled_from([32, 64, 96]))
-    kind = draw(st.sampled_from(["logits", "joint", "simple", "prune", "gather"]))
+    kind = draw(st.sampled_from(["logits", "joint", "simple", "prune", "gather", "sample"]))
     lattice = {name: shape[name] for name in ("frames", "lengths", "seed")}
     band = None
     if draw(st.booleans()) and kind in ("logits", "joint"):
@@ -122,6 +125,14 @@ def cases(draw: st.DrawFn) -> Case:
         smoothed = {**options, "lm_only_scale": lm_only, "am_only_scale": am_only}
         scale = draw(st.sampled_from([1.0, 60.0]))
         return simple_case("fuzz", block=block, cuda=draw(st.booleans()), scale=scale, options=smoothed, **shape)
+    if kind == "sample":
+        count = draw(st.sampled_from(["float64", "float32", "int32"]))
+        of_sample = {
+            "scope": draw(st.sampled_from(SCOPES)), "samples": draw(st.integers(0, 80)), "correction": draw(st.booleans()),
+            "some": draw(st.booleans()), "at_once": draw(st.sampled_from([1, 1200, 16 << 20])), "count": count,
+            "part": draw(st.sampled_from([7, 2048])),
+        }  # fmt: skip
+        return sample_case("fuzz", draw(st.sampled_from(PROPOSALS)), block=block, **of_sample, **shape)
     if kind == "prune":
         strategy, s_range = draw(st.sampled_from(STRATEGIES)), draw(st.integers(1, 6))
         return prune_case("fuzz", strategy, options["topology"], block=block, dtype=shape["dtype"], s_range=s_range, **lattice)
@@ -142,6 +153,9 @@ def cases(draw: st.DrawFn) -> Case:
         "band": band,
     }
     shape |= {"features": draw(st.integers(1, 70)), "bias": draw(st.booleans())}
+    if draw(st.booleans()):
+        of_classes = draw(st.sampled_from(SCOPES)), draw(st.booleans()), options["blank"]
+        options |= {"classes": some_classes(*of_classes, **shape), "sparse": draw(st.booleans())}
     cuda = draw(st.booleans())
     processor = {"tile_bytes": draw(st.sampled_from([1, 1 << 20])), "strips": 1 if cuda else draw(st.sampled_from([1, 8]))}
     return joint_case("fuzz", block=block, cuda=cuda, options=options, processor=processor, **shape)

@@ -120,6 +120,30 @@ DEFECTS = [
         "gather-one-too-far", "address", "band.cu", "smaller((long long)end[b * padded_frames + t], labels)", "labels + 1",
         "heap-buffer-overflow|Not equal to tolerance", "gather-unordered",
     ),
+    Defect(
+        "cleared-marks-without-barrier", "thread", "sampling.cu", "marks[v] = LEFT_OUT;\n        __syncthreads();\n",
+        "marks[v] = LEFT_OUT;\n", RACE, "sample-uniform-all",
+    ),
+    Defect(
+        "picked-marks-without-barrier", "thread", "sampling.cu",
+        "        __syncthreads();\n        long long mine = 0;\n", "        long long mine = 0;\n", RACE, "sample-uniform-block-128",
+    ),
+    Defect(
+        "marks-of-a-repeated-label", "thread", "processor.cuh", "__atomic_store_n(p, value, __ATOMIC_RELAXED);", "*p = value;",
+        RACE, "sample-uniform-batch", "sampling.cu",
+    ),
+    Defect(
+        "scan-of-one-thread", "address", "sampling.cu", "before = block_scan<Sum>(mine) - mine;", "before = 0;",
+        DIFFERENT, "sample-uniform-batch",
+    ),
+    Defect(
+        "gathered-row-that-is-not-there", "address", "output_layer.cu", "const bool there = ordered && v >= 0 && v < classes;",
+        "const bool there = true;", "AddressSanitizer", "joint-classes-unchecked",
+    ),
+    Defect(
+        "scattered-row-that-is-not-there", "address", "output_layer.cu", "if (v < 0 || v >= classes) continue;",
+        "if (classes == 0) continue;", "AddressSanitizer", "joint-classes-unchecked",
+    ),
 ]  # fmt: skip
 
 

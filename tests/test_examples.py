@@ -206,7 +206,7 @@ def noises(count):
     ]
 
 
-@pytest.mark.parametrize("loss", ["exact", "pruned"])
+@pytest.mark.parametrize("loss", ["exact", "pruned", "sampled"])
 def test_the_loss_trains_the_layer_that_decoding_uses(recogniser, loss):
     import torch
 
@@ -237,7 +237,7 @@ def test_the_band_looked_into_is_the_one_trained_with(recogniser):
     np.testing.assert_allclose(seen.mass, trained.mass, rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["exact", "pruned"])
+@pytest.mark.parametrize("loss", ["exact", "pruned", "sampled"])
 def test_a_run_of_a_few_steps(recogniser, monkeypatch, tmp_path, loss):
     import pytorch_recogniser
 
@@ -257,6 +257,13 @@ def test_a_run_of_a_few_steps(recogniser, monkeypatch, tmp_path, loss):
     assert results["megabytes"] > 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"learning-curve.png", "lattice.png"}
     assert ("pruning" in results) == (loss == "pruned")
+    assert ("sampling" in results) == (loss == "sampled")
+    if loss == "sampled":
+        sampling = results["sampling"]
+        assert sampling["vocabulary"] == 5000
+        assert sampling["classes"] == 1 + len("six thousand two") + pytorch_recogniser.SAMPLES
+        # Without correction most of the sum is missing; with it what is left is noise.
+        assert sampling["bias"]["without"]["mean"] < -10 * abs(sampling["bias"]["with"]["mean"])
     if loss == "pruned":
         pruning = results["pruning"]
         assert pruning["width"] == pytorch_recogniser.CHARACTERS_IN_BAND

@@ -468,6 +468,88 @@ def test_a_band_on_the_device_out_of_order() -> None:
     assert np.isfinite(plain(tl.gather_predictor(given("joint_rnnt_loss", of)[1], band))).all()
 
 
+def sampled(
+    of: Any, device: bool, proposal: str = "uniform", scope: str = "batch", dtype: str = "float32", **options: Any
+) -> tl.Classes:
+    """A few of 400 classes, drawn on a device or on the host."""
+    rng, (targets, frames, labels) = np.random.default_rng(4), of.integers
+    place: Callable[[Any], Any] = on_device if device else np.array
+    given_to = {
+        "uniform": {},
+        "unigram": {"counts": place(rng.integers(0, 1000, 400) ** 3)},
+        "ctc": {
+            "ctc_logits": place(np.rint(64 * rng.normal(size=(3, 400, 12))).transpose(0, 2, 1).astype(numpy_dtype(dtype)) / 16),
+            "ctc_lengths": frames,
+        },
+    }[proposal]
+    return tl.sample_classes(
+        place(targets), labels, vocab_size=400, num_samples=30, proposal=proposal, scope=scope, correction=True,
+        **{"seed": 7, "step": 1 << 40, **given_to, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["batch", "utterance"])
+@pytest.mark.parametrize(
+    ("proposal", "dtype"), [("uniform", "float32"), ("unigram", "float32"), *(("ctc", name) for name in FLOATS)]
+)
+def test_classes_are_those_of_the_host(proposal: str, dtype: str, scope: str) -> None:
+    of = make_batch(classes=400)
+    for step in range(20):
+        found, wanted = (sampled(of, device, proposal, scope, dtype, step=step) for device in (True, False))
+        assert isinstance(found.ids, xp.ndarray)
+        assert bits(found.ids, found.probability) == bits(wanted.ids, wanted.probability)
+    assert found.slots < 400
+
+
+def test_classes_of_a_large_vocabulary() -> None:
+    of = make_batch(classes=400)
+    options: dict[str, Any] = {"vocab_size": 1_000_000, "num_samples": 5000, "scope": "utterance"}
+    found, wanted = (tl.sample_classes(place(of.integers[0]), of.integers[2], **options) for place in (on_device, np.array))
+    assert bits(found.ids) == bits(wanted.ids)
+
+
+@pytest.mark.parametrize("scope", ["batch", "utterance"])
+@pytest.mark.parametrize("where", ["device", "host"])
+@every_dtype
+def test_sampled_losses(dtype: str, where: str, scope: str) -> None:
+    of = make_batch(classes=400)
+    classes = sampled(of, where == "device", scope=scope)
+    ids = plain(classes.ids).astype(int)
+    wanted = expected("joint_rnnt_loss", of, classes=ids, offset=-np.log(plain(classes.probability)))
+    arguments = (*given("joint_rnnt_loss", of, dtype), *of.integers)
+    options: dict[str, Any] = {"classes": classes, "occupancy_floor": 0.0}
+    found = run("joint_rnnt_loss", *arguments, **options)
+    budget = check.budgets("joint_rnnt_loss", dtype, DEVICE)
+    assert_close(found, wanted, budget)
+    least = check._least_workspace(lambda workspace: tl.joint_rnnt_loss(*arguments, workspace=workspace, **options))
+    assert_close(run("joint_rnnt_loss", *arguments, workspace=least, **options), wanted, budget)
+
+    loss, grads = tl.joint_rnnt_loss(*arguments, sparse=True, **options)
+    assert grads is not None
+    whole = []
+    for rows, want in zip((grads.weight, grads.bias), wanted[1][2:], strict=True):
+        whole.append(np.zeros_like(want))
+        np.add.at(whole[-1], plain(rows.rows).astype(int), plain(rows.values))
+    assert_close((loss, (grads.encoder, grads.predictor, *whole)), wanted, budget)
+
+
+def test_a_label_that_was_not_sampled_on_the_device() -> None:
+    if ON_HOST:
+        pytest.skip("the host refuses it")
+    of = make_batch(classes=400)
+    kept = np.unique(np.append(of.integers[0][1:], 0))
+    missing = [b for b in range(3) if not np.isin(of.integers[0][b, : of.integers[2][b]], kept).all()]
+    assert missing == [0]
+    arguments = given("joint_rnnt_loss", of), on_device(of.integers[0])
+    loss, grads = tl.joint_rnnt_loss(
+        *arguments[0], arguments[1], *of.integers[1:], classes=tl.Classes.from_ids(on_device(kept), 400)
+    )
+    assert np.isnan(plain(loss)).tolist() == [True, False, False]
+    assert grads is not None
+    assert np.isfinite(plain(grads.weight)).all()
+    assert not plain(grads.encoder)[0].any()
+
+
 def test_a_host_array_and_a_band_on_the_device_are_refused() -> None:
     if ON_HOST:
         pytest.skip("needs two kinds of memory")
@@ -616,6 +698,45 @@ def test_torch_launches_without_synchronising(function: str, torch: Any) -> None
     torch.cuda.synchronize()
     assert not waited
     assert_close((loss, tuple(leaf.grad for leaf in late)), expected(function, of))
+
+
+@needs_device
+@pytest.mark.parametrize("scope", ["batch", "utterance"])
+@pytest.mark.parametrize("proposal", ["uniform", "ctc"])
+def test_torch_samples_without_synchronising(proposal: str, scope: str, torch: Any) -> None:
+    from transducer_loss.adapters.torch import joint_rnnt_loss, sample_classes
+
+    of, stream = make_batch(classes=400), torch.cuda.Stream()
+    tensors = leaves(torch, "joint_rnnt_loss", of)
+    targets = torch.tensor(of.integers[0], device=DEVICE)
+    head = torch.randn(3, 12, 400, device=DEVICE)
+    options = {"ctc_logits": head, "ctc_lengths": of.integers[1]} if proposal == "ctc" else {}
+
+    def step() -> Any:
+        classes = sample_classes(
+            targets, of.integers[2], vocab_size=400, num_samples=30, proposal=proposal, scope=scope, seed=3, **options
+        )
+        loss = joint_rnnt_loss(
+            *tensors, targets, *of.integers[1:], classes=classes, sparse=True, reduction="none", occupancy_floor=0.0
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, tensors, torch.ones_like(loss))]
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        spin(0)
+        for _ in range(3):
+            wanted = step()
+        stream.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            spin(0.5)
+            found = step()
+            waited = stream.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert not waited
+    assert all(torch.equal(one.to_dense(), other.to_dense()) for one, other in zip(found, wanted, strict=True))
 
 
 @every_function

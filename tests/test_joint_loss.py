@@ -79,6 +79,8 @@ def expect_same(got: tuple[Any, Any], of: Inputs, mask: Array | None = None, **o
     hidden *= 1.0 if mask is None else mask.max()
     weight = of.weight.astype(np.float64)
     largest = hidden * np.abs(weight).sum(1).max() + (0.0 if of.bias is None else np.abs(of.bias.astype(np.float64)).max())
+    if options.get("offset") is not None:
+        largest += np.abs(options["offset"]).max()
     steps = int((of.frames + of.labels).max())
     delay = abs(options.get("delay_penalty", 0.0)) * of.frames.max()
     relative = path_noise(dtype, steps, largest + delay)

@@ -5,10 +5,14 @@ gradient, as NumPy or CuPy arrays; `transducer_loss.adapters` serves the framewo
 """
 
 from transducer_loss.band import Band
-from transducer_loss.joint_loss import Grads, joint_rnnt_loss
+from transducer_loss.classes import Classes
+from transducer_loss.costs import Strategy
+from transducer_loss.joint_loss import Grads, Rows, joint_rnnt_loss
 from transducer_loss.logits_loss import rnnt_loss
 from transducer_loss.paths import Alignment, Occupancy, align, occupancy
+from transducer_loss.planner import Plan, plan
 from transducer_loss.pruning import gather_predictor, gather_predictor_backward, prune
+from transducer_loss.sampling import sample_classes
 from transducer_loss.simple_loss import SimpleGrads, simple_rnnt_loss
 
 __version__ = "0.1.0"
@@ -16,15 +20,21 @@ __version__ = "0.1.0"
 __all__ = [
     "Alignment",
     "Band",
+    "Classes",
     "Grads",
     "Occupancy",
+    "Plan",
+    "Rows",
     "SimpleGrads",
+    "Strategy",
     "align",
     "gather_predictor",
     "gather_predictor_backward",
     "joint_rnnt_loss",
     "occupancy",
+    "plan",
     "prune",
     "rnnt_loss",
+    "sample_classes",
     "simple_rnnt_loss",
 ]

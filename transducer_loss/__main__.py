@@ -1,4 +1,4 @@
-"""The command line: ``python -m transducer_loss info | check``."""
+"""The command line: ``python -m transducer_loss info | check | plan``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from transducer_loss import check, info
 from transducer_loss.arrays import FLOATS
+from transducer_loss.planner import DEVICES, plan
+from transducer_loss.table import aligned
 
 Cells = Sequence[Sequence[str]]
 
@@ -23,9 +25,7 @@ def _show(columns: Sequence[str], rows: Cells) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        for row in (columns, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(aligned(columns, rows))
         return
     table = Table(*columns)
     for row in rows:
@@ -106,6 +106,29 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    try:
+        planned = plan(
+            arguments.batch, arguments.frames, arguments.labels, arguments.classes, arguments.features, arguments.dtype,
+            device=arguments.device, device_memory=arguments.memory, s_range=arguments.s_range, num_samples=arguments.samples,
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"python -m transducer_loss plan: {error}", file=sys.stderr)
+        return 2
+    cheapest = planned.cheapest
+    if arguments.json:
+        found = dataclasses.asdict(planned)
+        found["strategies"] = [{**dataclasses.asdict(each), "bytes": each.bytes} for each in planned.strategies]
+        for name, each in (("cheapest", cheapest), ("cheapest_exact", planned.cheapest_exact)):
+            found[name] = None if each is None else each.name
+        _print_json(found)
+    else:
+        print(planned.title)
+        _show(*planned.table)
+        print(planned.advice)
+    return int(cheapest is None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -117,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 1 where a check failed, or 2 for what cannot be done.
+        Exit status: 0, or 1 where a check failed or nothing fits, or 2 for what cannot be done.
     """
     parser = argparse.ArgumentParser(prog="python -m transducer_loss", description="Losses for training neural transducers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -129,7 +152,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument("--function", action="append", choices=check.FUNCTIONS, help="check only this; may be repeated")
     compare.add_argument("--dtype", action="append", choices=FLOATS, help="check only this; may be repeated")
     compare.add_argument("--seed", type=int, default=0, help="of the inputs")
-    for command in (about, compare):
+    estimate = commands.add_parser("plan", help="memory and work of every way to compute the loss, and the call to copy")
+    estimate.set_defaults(run=_plan)
+    for name, what in (
+        ("batch", "utterances"), ("frames", "frames of an utterance"), ("labels", "labels of an utterance"),
+        ("classes", "classes, with the blank"), ("features", "features of the joint"),
+    ):  # fmt: skip
+        estimate.add_argument(f"--{name}", type=int, required=True, help=what)
+    estimate.add_argument("--dtype", default="float32", choices=FLOATS, help="of the inputs (default: float32)")
+    estimate.add_argument("--device", default="cuda", choices=DEVICES, help="where it will run (default: cuda)")
+    estimate.add_argument("--memory", help="what the device has for the loss, as 16GiB")
+    estimate.add_argument("--s-range", type=int, default=5, help="labels per frame of the pruned strategies (default: 5)")
+    estimate.add_argument("--samples", type=int, default=1000, help="negatives of the sampled strategies (default: 1000)")
+    for command in (about, compare, estimate):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

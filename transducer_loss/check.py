@@ -74,10 +74,12 @@ def _results(
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Loss and gradients of a case, in every way that the function has to make them."""
     floats, integers = inputs(function, variant, case)
-    band = {"band": case.band} if variant == "band" else {}
+    parts: dict[str, Any] = {"band": case.band} if "band" in variant else {}
+    if "classes" in variant:
+        parts["classes"] = case.classes(variant, dtype, to_device)
     call = functools.partial(
         getattr(transducer_loss, function), *(to_device(array.astype(numpy_dtype(dtype))) for array in floats), *integers,
-        **options(variant, topology, case), **band,
+        **options(variant, topology, case), **parts,
     )  # fmt: skip
     if function == "rnnt_loss":
         loss, gradient = call()

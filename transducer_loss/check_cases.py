@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from transducer_loss import reference
+from transducer_loss.arrays import numpy_dtype
 from transducer_loss.band import Band
+from transducer_loss.classes import Classes
+from transducer_loss.sampling import sample_classes
 
 Array = np.ndarray[Any, Any]
 
@@ -21,12 +24,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hat": {"hat": True},
     "normalized": {"normalized": True},
     "band": {},
+    "classes": {},
+    "band and classes": {},
     "smoothed": {"lm_only_scale": 0.25, "am_only_scale": 0.125},
 }
 
 VARIANTS_OF = {
     "rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "normalized", "band"),
-    "joint_rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "band"),
+    "joint_rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "band", "classes", "band and classes"),
     "simple_rnnt_loss": ("plain", "fastemit", "delay penalty", "smoothed"),
 }
 """The losses, and the variants that each has."""
@@ -56,6 +61,17 @@ class Case:
         first = np.minimum(frame * last[:, None] // np.maximum(self.frames - 1, 1)[:, None], last[:, None])
         width = min(_S, int(self.labels.max()) + 1)
         return Band.from_ranges(first[:, :, None] + np.arange(width), self.frames, self.labels)
+
+    def classes(self, variant: str, dtype: str = "float64", to_device: Callable[[Array], Any] = np.asarray) -> Classes:
+        """Sampled on the device at hand, of each utterance or of all: the same ones on every device, for every dtype."""
+        size = self.logits.shape[3]
+        given: dict[str, Any] = {"proposal": "unigram", "counts": to_device(1000.0 // np.arange(1, size + 1))}
+        if variant == "classes":
+            head = self.logits[:, :, 0].astype(numpy_dtype(dtype))
+            given = {"proposal": "ctc", "ctc_logits": to_device(head), "ctc_lengths": self.frames, "scope": "utterance"}
+        return sample_classes(
+            self.targets, self.labels, vocab_size=size, num_samples=size // 2, blank=_BLANK, correction=True, **given
+        )  # fmt: skip
 
 
 def _draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
@@ -103,7 +119,7 @@ def inputs(function: str, variant: str, case: Case) -> tuple[tuple[Array, ...], 
     if function == "simple_rnnt_loss":
         return case.simple, integers
     logits = -abs(case.logits) if variant == "normalized" else case.logits
-    if variant == "band":
+    if "band" in variant:
         # Columns past the last label, of which there are some where a transcript is short, are not read.
         columns = np.minimum(case.band.to_ranges(), logits.shape[2] - 1)
         logits = np.take_along_axis(logits, columns[..., None], axis=2)
@@ -115,8 +131,11 @@ def expected(function: str, topology: str, variant: str, seed: int, index: int) 
     """Loss and gradients of a case by the reference; dtypes share them."""
     case = cases(seed)[index]
     floats, integers = inputs(function, variant, case)
-    band: dict[str, Any] = {}
-    if variant == "band":
-        band = {"first": case.band.first} | ({"width": case.band.width} if function == "joint_rnnt_loss" else {})
-    loss, gradients, *_ = getattr(reference, function)(*floats, *integers, **options(variant, topology, case), **band)
+    parts: dict[str, Any] = {}
+    if "band" in variant:
+        parts = {"first": case.band.first} | ({"width": case.band.width} if function == "joint_rnnt_loss" else {})
+    if "classes" in variant:
+        classes = case.classes(variant)
+        parts |= {"classes": classes.ids, "offset": -np.log(classes.probability.astype(np.float64))}
+    loss, gradients, *_ = getattr(reference, function)(*floats, *integers, **options(variant, topology, case), **parts)
     return loss, gradients if isinstance(gradients, tuple) else (gradients,)

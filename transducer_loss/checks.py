@@ -46,6 +46,13 @@ def whole_number(value: Any, name: str, low: int | None = None) -> int:
     return int(value)
 
 
+def blank_class(blank: Any, classes: int) -> int:
+    """The class of a blank that may be counted from the end."""
+    if not -classes <= whole_number(blank, "blank") < classes:
+        raise ValueError(f"blank: expected a class in [{-classes}, {classes}), got {blank}")
+    return int(blank) % classes
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The keywords that losses share, checked; words as the kernels number them."""
@@ -76,17 +83,20 @@ class Options:
         infeasible: str,
     ) -> Options:
         """Raise for what is not an option; resolve a negative `blank`."""
-        if not -classes <= whole_number(blank, "blank") < classes:
-            raise ValueError(f"blank: expected a class in [{-classes}, {classes}), got {blank}")
+        silent = blank_class(blank, classes)
         if hat and normalized:
             raise ValueError("hat: expected False with normalized=True (HAT normalises the logits itself), got True")
         choice(infeasible, INFEASIBLE, "infeasible")
         if finite(fastemit_lambda, "fastemit_lambda") < 0:
             raise ValueError(f"fastemit_lambda: expected 0 or more, got {fastemit_lambda}")
         return cls(
-            int(blank) % classes, choice(topology, TOPOLOGIES, "topology"), 2 if hat else int(bool(normalized)),
+            silent, choice(topology, TOPOLOGIES, "topology"), 2 if hat else int(bool(normalized)),
             float(fastemit_lambda), finite(delay_penalty, "delay_penalty"), infeasible,
         )  # fmt: skip
+
+
+ANY_LABELS = Options(0, 0, 0, 0.0, 0.0, "inf")
+"""Options of whoever checks labels for no loss: only HAT allows some classes and not others."""
 
 
 def float_array(value: Any, name: str, dims: str, like: Any = None, like_name: str = "") -> Any:
@@ -113,7 +123,8 @@ def expect_shape(array: Any, name: str, dims: str, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name}: expected shape {dims} = {shape}, got {tuple(array.shape)}")
 
 
-def _integers(value: Any, name: str) -> Any:
+def integers(value: Any, name: str) -> Any:
+    """An array of integers, or a nested list of them as one on the host."""
     if isinstance(value, (list, tuple, int)):
         try:
             array = np.asarray(value)
@@ -129,7 +140,7 @@ def _integers(value: Any, name: str) -> Any:
 
 def lengths(value: Any, name: str, batch: int, low: int, high: int, dims: str) -> Ints:
     """(B,) lengths on the host, each in [low, high]; those on a device are copied, which synchronises."""
-    array = _integers(value, name)
+    array = integers(value, name)
     expect_shape(array, name, "(B,)", (batch,))
     host = np.asarray(array if on_host(array) else array.get()).astype(np.int64)
     bad = (host < low) | (host > high)
@@ -160,7 +171,7 @@ def targets_for(
     Labels on the host are checked here; labels on a device only with `validate`, as that synchronises. Unchecked, the kernels
     give an utterance with a label out of range the loss NaN.
     """
-    array = _integers(value, "targets")
+    array = integers(value, "targets")
     batch, longest = len(labels), int(labels.max())
     if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < longest:
         raise ValueError(f"targets: expected shape (B, U) = ({batch}, {longest}), got {tuple(array.shape)}")

@@ -12,13 +12,10 @@ import cupy
 import numpy as np
 
 from transducer_loss.arrays import numpy_dtype
-from transducer_loss.processors import Allocate, Processor, address_of
+from transducer_loss.processors import Allocate, OnCuda, address_of
 
 # cudaDataType_t, in which cuBLAS names its operands.
 _DATA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
-
-# What cuBLAS takes for itself on the newest architectures, at most.
-_CUBLAS_WORKSPACE = 32 << 20
 
 # Kernels are compiled for up to as many threads (see KERNEL in processor.cuh).
 _MOST_THREADS = 512
@@ -54,16 +51,8 @@ def _kernel(name: str, device: int) -> Any:
     return module.get_function(name)
 
 
-class Cuda(Processor):
+class Cuda(OnCuda):
     """The kernels on a CUDA device, on CuPy's current stream. Use as a context."""
-
-    host = False
-    strips = 1
-    threads = 1
-    tile_cells = 1 << 62
-    group_cells = 1 << 62
-    default_workspace = 1 << 30
-    reserved = _CUBLAS_WORKSPACE
 
     def __init__(self, device: int, allocate: Allocate | None = None) -> None:
         super().__init__(allocate or (lambda shape, dtype: cupy.empty(shape, numpy_dtype(dtype))))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss import compact, joint, lattice, softmax
+from transducer_loss import compact, joint, lattice, output_layer, softmax
 from transducer_loss.arrays import numpy_dtype
 from transducer_loss.cells import Group
 from transducer_loss.processors import Workers
@@ -77,10 +77,20 @@ class Engine:
     def __init__(self, of: Problem) -> None:
         self.of, self.plan, self.processor = of, plan(of), of.processor
         processor, operand = self.processor, of.operand
-        widen = operand != of.joint.encoder.dtype.name
-        self.weight = of.weight.astype(operand) if widen else of.weight
-        self.bias = None if of.bias is None else processor.dense(of.bias, of.dtype)
-        self.classes, self.features = of.weight.shape
+        self.classes, self.features = of.projected, of.joint.features
+        self.targets, self.options = of.targets, of.options
+        if of.classes is None:
+            widen = operand != of.joint.encoder.dtype.name
+            self.weight = of.weight.astype(operand) if widen else of.weight
+            self.bias = None if of.bias is None else processor.dense(of.bias, of.dtype)
+        else:
+            self.targets = output_layer.slots_of(processor, of.classes, of.cells, of.targets)
+            self.options = dataclasses.replace(of.options, blank=0)
+            self.weight = processor.empty((self.classes, self.features), operand)
+            has_bias = of.bias is not None or of.classes.correction
+            self.bias = processor.empty((self.classes,), of.dtype) if has_bias else None
+            if not of.one_by_one:
+                output_layer.gather(processor, of.classes, 0, of.weight, of.bias, self.weight, self.bias)
         self.ones = processor.to_device(np.ones((self.plan.tile, 1), numpy_dtype(operand)))
         cells = max(int(of.cells.counts[slice(*g)].sum()) for g in self.plan.groups)
         self.scratch = processor.empty((2 * lattice.scaled_bytes(of.dtype) * cells + 16,), "uint8")
@@ -104,8 +114,12 @@ class Engine:
         return self.processor.empty((most, self.classes), self.of.dtype)
 
     def groups(self) -> Iterator[tuple[Group, bool]]:
-        """The groups, and whether the workspace holds their logits."""
+        """The groups, and whether the workspace holds their logits; each with the output layer of its utterances."""
         for (begin, end), retained in zip(self.plan.groups, self.plan.retained, strict=True):
+            if self.of.classes is not None and self.of.one_by_one:
+                output_layer.gather(
+                    self.processor, self.of.classes, begin, self.of.weight, self.of.bias, self.weight, self.bias
+                )  # fmt: skip
             yield self.of.cells.group(self.processor, begin, end), retained
 
     def arcs(self, group: Group, keep: bool) -> tuple[softmax.Arcs, Any]:
@@ -127,7 +141,7 @@ class Engine:
             logits = tile.logits[: end - begin] if retained is None else retained[begin:end]
             self._logits(group, None, begin, tile.hidden[: end - begin], logits)
             softmax.forward(
-                self.processor, group, logits, self.of.targets, self.of.options, arcs, begin, end - begin,
+                self.processor, group, logits, self.targets, self.options, arcs, begin, end - begin,
                 keep=retained is not None, alone=True, bias=self.bias,
             )  # fmt: skip
 
@@ -146,10 +160,12 @@ class Engine:
     def gradients(self) -> Gradients:
         """Zeros to add to."""
         of, processor = self.of, self.processor
+        weight = of.weight.shape
+        if of.classes is not None and of.sparse:
+            weight = (*of.classes.ids.shape, self.features)
         pairs = [
-            processor.output(array.shape, of.dtype, zero=True)
-            for array in (of.joint.encoder, of.joint.predictor, of.weight, of.bias)
-            if array is not None
+            processor.output(shape, of.dtype, zero=True)
+            for shape in (of.joint.encoder.shape, of.joint.predictor.shape, weight, weight[:-1])[: 3 if of.bias is None else 4]
         ]
         natives, views = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if of.bias is None:
@@ -157,19 +173,21 @@ class Engine:
         return Gradients(tuple(natives), *views)
 
     def strips(self, gradients: Gradients) -> list[_Strip]:
-        """Partial sums, one for each strip, the first of them in the gradients themselves."""
+        """Partial sums, one for each strip, the first of them in the gradients themselves where they are not scattered."""
         empty, of = self.processor.empty, self.of
-        bias = None if gradients.bias is None else gradients.bias.reshape(-1, 1)
-        strips = [_Strip(gradients.weight, bias, None)]
+
+        def sums() -> tuple[Any, Any]:
+            bias = None if of.bias is None else empty((self.classes, 1), of.dtype)
+            return empty((self.classes, self.features), of.dtype), bias
+
+        if of.classes is not None and not of.sparse:
+            strips = [_Strip(*sums(), None)]
+        else:
+            strips = [_Strip(*_first_sums(gradients, 0 if of.one_by_one else ...), None)]
         if self.plan.strips > 1:
             columns = int(of.cells.labels.max()) + 1
             strips += [
-                _Strip(
-                    empty((self.classes, self.features), of.dtype),
-                    None if of.bias is None else empty((self.classes, 1), of.dtype),
-                    empty((columns, self.features), of.dtype),
-                )
-                for _ in range(self.plan.strips - 1)
+                _Strip(*sums(), empty((columns, self.features), of.dtype)) for _ in range(self.plan.strips - 1)
             ]
         return strips
 
@@ -184,6 +202,8 @@ class Engine:
         else:
             kept = compact.Kept(None, None, group.cells, None)
         gradients.kept += kept.number
+        if self.of.one_by_one and self.of.sparse:
+            strips[0].weight, strips[0].bias = _first_sums(gradients, group.begin)
         bounds = self._bounds(group, kept)
         tasks = []
         for strip, (begin, end) in zip(strips, itertools.pairwise(bounds), strict=True):
@@ -197,6 +217,8 @@ class Engine:
             if strip.carried >= 0:
                 labels = int(self.of.cells.labels[group.begin + strip.carried]) + 1
                 gradients.predictor[group.begin + strip.carried, :labels] += strip.carry[:labels]
+        if self.of.one_by_one:
+            self._add_up(strips, gradients, group.begin)
 
     def _bounds(self, group: Group, kept: compact.Kept) -> list[int]:
         """Where strips begin in the list of kept cells: about equal parts, each beginning with a lattice row."""
@@ -243,7 +265,7 @@ class Engine:
                     logits = saved.logits
                 softmax.backward(
                     processor, group, kept.cells, low, logits, saved.logits is not None, self.bias,
-                    of.targets, of.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
+                    self.targets, self.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
                 )  # fmt: skip
                 if strip.used and tile.product is None and processor.host:  # cuBLAS adds by itself
                     tile.product = processor.empty((self.classes, self.features), of.dtype)
@@ -270,18 +292,44 @@ class Engine:
         scale, gradients.unscale = self.processor.power_of_two_above(weights)
         return weights * scale, weight
 
+    def _add_up(self, strips: list[_Strip], gradients: Gradients, row: int) -> None:
+        """The strips' sums, in order, to the gradients of the output layer, and new sums to begin with."""
+        used = [strip for strip in strips if strip.used]
+        total = strips[0]
+        for strip in used:
+            if strip is total:
+                continue
+            if total.used:
+                total.weight += strip.weight
+            else:
+                total.weight[...] = strip.weight
+            if strip.bias is not None:
+                if total.used:
+                    total.bias += strip.bias
+                else:
+                    total.bias[...] = strip.bias
+            total.used = True
+        if self.of.classes is not None and not self.of.sparse and total.used:
+            output_layer.scatter(
+                self.processor, self.of.classes, row, total.weight, total.bias, gradients.weight, gradients.bias
+            )
+        for strip in strips:
+            strip.used = False
+
     def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
-        """Add the strips' sums, in order, and undo the scale."""
-        for strip in strips[1:]:
-            if strip.used:
-                gradients.weight += strip.weight
-                if strip.bias is not None:
-                    gradients.bias += strip.bias[:, 0]
+        """Add the strips' sums, and undo the scale."""
+        if not self.of.one_by_one:
+            self._add_up(strips, gradients, 0)
         if self.of.operand == "float16":
             for array in (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias):
                 if array is not None:
                     array *= gradients.unscale
         return gradients
+
+
+def _first_sums(gradients: Gradients, row: Any) -> tuple[Any, Any]:
+    """The first strip's sums where they are gradients themselves: of all, or of one utterance."""
+    return gradients.weight[row], None if gradients.bias is None else gradients.bias[row].reshape(-1, 1)
 
 
 def _spans(begin: int, end: int, most: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from transducer_loss.checks import (
     targets_for,
     whole_number,
 )
+from transducer_loss.classes import Classes, classes_for
 from transducer_loss.engine import Gradients, Saved, running
 from transducer_loss.joint import ACTIVATIONS, Joint
 from transducer_loss.logits_loss import raise_infeasible, weights_of
@@ -35,7 +36,7 @@ class Grads:
     Attributes
     ----------
     encoder, predictor, weight, bias : array
-        `bias` is None where there is none.
+        `bias` is None where there is none. With ``sparse=True`` those of weight and bias are `Rows`.
     dropped : float
         Share of the cells that needed no gradient, in [0, 1].
     """
@@ -47,49 +48,66 @@ class Grads:
     dropped: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A gradient that is 0 but for a few rows.
+
+    Attributes
+    ----------
+    rows : (K,) or (B, K) array of int32
+        Which; a row that several utterances have is to be added up.
+    values : (K, ...) or (B, K, ...) array
+    """
+
+    rows: Any
+    values: Any
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-def workspace_bytes(workspace: int | str | None, default: int) -> int:
+def workspace_bytes(workspace: int | str | None, default: int, name: str = "workspace") -> int:
     """Bytes of ``"256MiB"``, ``"1 GB"``, a number of bytes, or None."""
     if workspace is None:
         return default
     if isinstance(workspace, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", workspace)
         if match is None or match[2].upper() not in _UNITS:
-            raise ValueError(f"workspace: expected bytes or a size as '256MiB', got {workspace!r}")
+            raise ValueError(f"{name}: expected bytes or a size as '256MiB', got {workspace!r}")
         return int(float(match[1]) * _UNITS[match[2].upper()])
     if isinstance(workspace, bool) or not isinstance(workspace, (int, np.integer)):
-        raise TypeError(f"workspace: expected an int or a str, got {type(workspace).__name__}")
+        raise TypeError(f"{name}: expected an int or a str, got {type(workspace).__name__}")
     if workspace <= 0:
-        raise ValueError(f"workspace: expected more than 0 bytes, got {workspace}")
+        raise ValueError(f"{name}: expected more than 0 bytes, got {workspace}")
     return int(workspace)
 
 
 def problem(
     encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
-    *, activation: str = "tanh", band: Band | None = None, dropout: float = 0.0, seed: int = 0,
-    workspace: int | str | None = None, occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None,
-    allocate: Allocate | None = None, **options: Any,
+    *, activation: str = "tanh", band: Band | None = None, classes: Classes | None = None, sparse: bool = False,
+    dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None, occupancy_floor: float = 1e-6,
+    validate: bool = False, threads: int | None = None, allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of the joint-fused losses."""
     encoder = float_array(encoder, "encoder", "B T H")
     predictor = float_array(predictor, "predictor", "B U+1 H", encoder, "encoder")
     weight = float_array(weight, "weight", "V H", encoder, "encoder")
     batch, most_frames, features = encoder.shape
-    classes = weight.shape[0]
+    vocabulary = weight.shape[0]
     expect_shape(predictor, "predictor", "(B, U+1, H)", (batch, predictor.shape[1], features))
-    expect_shape(weight, "weight", "(V, H)", (classes, features))
+    expect_shape(weight, "weight", "(V, H)", (vocabulary, features))
     if bias is not None:
         bias = float_array(bias, "bias", "V", encoder, "encoder")
-        expect_shape(bias, "bias", "(V,)", (classes,))
+        expect_shape(bias, "bias", "(V,)", (vocabulary,))
     if options.pop("normalized", False):
         raise ValueError("normalized: expected False, as the joint makes logits, got True")
-    checked = Options.checked(classes, normalized=False, **options)
+    checked = Options.checked(vocabulary, normalized=False, **options)
     if not 0.0 <= finite(dropout, "dropout") < 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     if not 0.0 <= finite(occupancy_floor, "occupancy_floor") < 1.0:
         raise ValueError(f"occupancy_floor: expected a share in [0, 1), got {occupancy_floor}")
+    if sparse and classes is None:
+        raise ValueError("sparse: expected False without classes, as every row of the weight has a gradient then, got True")
     drawn_from = whole_number(seed, "seed") & (1 << 63) - 1
     kind = choice(activation, ACTIVATIONS, "activation")
     frames = lengths(encoder_lengths, "encoder_lengths", batch, 1, most_frames, "T")
@@ -99,15 +117,21 @@ def problem(
         # Kernels read features in order, matrix products rows or columns; the rest may have any strides.
         inputs = (encoder, predictor, weight, bias)
         encoder, predictor = (array if _features_in_order(array) else array.copy() for array in (encoder, predictor))
-        weight = weight if _matrix(weight) else weight.copy()
-        bias = bias if bias is None or _features_in_order(bias) else bias.copy()
+        if classes is None:  # else rows are gathered
+            weight = weight if _matrix(weight) else weight.copy()
+            bias = bias if bias is None or _features_in_order(bias) else bias.copy()
         read = (encoder, predictor, weight, bias)
         copied = sum(new.nbytes for old, new in zip(inputs, read, strict=True) if new is not None and new is not old)
+        known = targets_for(targets, processor, labels, vocabulary, checked, validate)
         return Problem(
             processor, Joint(encoder, predictor, kind, float(dropout), drawn_from), weight, bias,
             band_for(band, processor, frames, labels),
-            targets_for(targets, processor, labels, classes, checked, validate), checked,
+            known, checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
+            None if classes is None else classes_for(
+                classes, processor, vocabulary, checked.blank, known.array, labels, validate
+            ),
+            bool(sparse),
         )  # fmt: skip
 
 
@@ -195,6 +219,7 @@ def joint_rnnt_loss(
     blank: int = 0,
     topology: str = "regular",
     band: Band | None = None,
+    classes: Classes | None = None,
     dropout: float = 0.0,
     seed: int = 0,
     fastemit_lambda: float = 0.0,
@@ -205,6 +230,7 @@ def joint_rnnt_loss(
     gradient: bool = True,
     workspace: int | str | None = None,
     occupancy_floor: float = 1e-6,
+    sparse: bool = False,
     validate: bool = False,
 ) -> tuple[Any, Grads | None]:
     """Transducer loss of ``logits(t, u) = weight @ activation(encoder_t + predictor_u) + bias``, in bounded memory.
@@ -228,6 +254,9 @@ def joint_rnnt_loss(
         As of `rnnt_loss`.
     band : Band, optional
         Pruned (arXiv 2206.13236) or alignment-restricted loss: only the band's cells are ever projected.
+    classes : Classes, optional
+        Of `sample_classes`, for these targets: the loss normalises over them alone (sampled softmax, arXiv 2203.16868), and
+        only their rows of weight and bias are read. With classes per utterance, utterances are worked on one by one.
     fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
         As of `rnnt_loss`.
     activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
@@ -244,6 +273,8 @@ def joint_rnnt_loss(
     occupancy_floor : float
         Cells that the paths of an utterance use less than ``occupancy_floor * (T_b + U_b) / cells_b`` times get no
         gradient: all dropped ones together are used less than ``occupancy_floor * (T_b + U_b)`` times. 0 keeps every cell.
+    sparse : bool
+        With `classes`, give the gradients of weight and bias as `Rows`, without their (V, H) and (V,) arrays.
 
     Returns
     -------
@@ -275,8 +306,9 @@ def joint_rnnt_loss(
     """
     of = problem(
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, band=band,
-        dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank,
-        topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+        classes=classes, sparse=sparse, dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor,
+        validate=validate, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
+        hat=hat, infeasible=infeasible,
     )  # fmt: skip
     done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:
@@ -284,6 +316,9 @@ def joint_rnnt_loss(
     encoder, predictor, weight, bias = (
         None if native is None else _cast(of, native) for native in done.gradients.native
     )
+    if of.classes is not None and of.sparse:
+        rows = of.classes.ids
+        weight, bias = Rows(rows, weight), None if bias is None else Rows(rows, bias)
     return done.native, Grads(encoder, predictor, weight, bias, dropped_share(of, done.gradients))
 
 

@@ -181,6 +181,21 @@ class Processor:
         return self.output(shape, dtype)[1]
 
 
+class OnCuda(Processor):
+    """What of a CUDA device is known without one."""
+
+    host = False
+    strips = 1
+    threads = 1
+    # Two thirds of the 50 MiB of L2 cache of an H100 or H200; a device at hand says its own.
+    tile_bytes = (50 << 20) * 2 // 3
+    tile_cells = 1 << 62
+    group_cells = 1 << 62
+    default_workspace = 1 << 30
+    # What cuBLAS takes for itself on the newest architectures, at most.
+    reserved = 32 << 20
+
+
 class Host(Processor):
     """The kernels on the host: blocks over Python's own threads, matrices by NumPy's BLAS.
 

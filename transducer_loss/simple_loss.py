@@ -95,14 +95,18 @@ def problem(
         return Problem(joint, cells, checked)
 
 
+def utterances_of_a_task(host: bool, batch: int, rows: int, classes: int) -> int:
+    """How many utterances, of am and lm of `rows` rows together, a task multiplies."""
+    return 1 if host else max(1, min(batch, _TASK_BYTES // (4 * classes * rows)))
+
+
 def forward(of: Problem, weights: Any = None, gradient: bool = True) -> Forward:
     """Losses, occupancies, and the gradient of ``sum_b weights_b loss_b``."""
     joint = of.joint
     with joint.processor as processor:
         batch, frames, columns = joint.shape
         rows = (frames, columns)
-        fitting = _TASK_BYTES // (4 * joint.classes * (frames + columns))
-        per_task = 1 if processor.host else max(1, min(batch, fitting))
+        per_task = utterances_of_a_task(processor.host, batch, frames + columns, joint.classes)
         parts = [(begin, min(begin + per_task, batch)) for begin in range(0, batch, per_task)]
         workers = min(processor.threads, len(parts))
 

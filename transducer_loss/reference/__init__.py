@@ -20,6 +20,7 @@ from transducer_loss.reference.band import band_of_alignment, kept_mass, prune
 from transducer_loss.reference.joint import joint_rnnt_loss
 from transducer_loss.reference.lattice import effective_occupancy, lattice_loss
 from transducer_loss.reference.losses import align, occupancy, rnnt_loss
+from transducer_loss.reference.sampling import inclusion_probabilities, sample_classes
 from transducer_loss.reference.simple import simple_rnnt_loss
 from transducer_loss.reference.softmax import log_probs
 
@@ -27,6 +28,7 @@ __all__ = [
     "align",
     "band_of_alignment",
     "effective_occupancy",
+    "inclusion_probabilities",
     "joint_rnnt_loss",
     "kept_mass",
     "lattice_loss",
@@ -34,5 +36,6 @@ __all__ = [
     "occupancy",
     "prune",
     "rnnt_loss",
+    "sample_classes",
     "simple_rnnt_loss",
 ]
