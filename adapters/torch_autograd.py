@@ -71,7 +71,7 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+        return gradient.clone() if gradient.is_sparse else gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:

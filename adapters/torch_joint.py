@@ -62,7 +62,8 @@ class _JointLoss(torch.autograd.Function):
             for native, dtype, needed in zip(natives, ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         if ctx.classes is not None:
-            gradients[2:] = [None if values is None else _sparse(ctx.classes, values) for values in gradients[2:]]
+            with caller(natives[0]):
+                gradients[2:] = [None if values is None else _sparse(ctx.classes, values) for values in gradients[2:]]
         return (*gradients, None, None, None)
 
 
@@ -121,16 +122,16 @@ def joint_rnnt_loss(
     classes : Classes, optional
         As `sample_classes` returns them: only their rows of weight and bias are read.
     sparse : bool
-        With `classes`, make the gradients of weight and bias sparse tensors, as ``torch.nn.Embedding(sparse=True)`` does; not
-        every optimiser takes them (``SGD``, ``Adagrad`` and ``SparseAdam`` do).
+        With `classes`, make the gradients of weight and bias sparse tensors, as ``torch.nn.Embedding(sparse=True)`` does: K
+        rows, or B K with classes per utterance. ``SGD``, ``Adagrad`` and ``SparseAdam`` take them, without weight decay.
     activation, dropout, workspace, occupancy_floor and the others
         As of `transducer_loss.joint_rnnt_loss`.
 
     Returns
     -------
     Tensor
-        Scalar, or (B,): float32, or float64 for float64 inputs. Under autocast inputs of several float dtypes are brought to
-        autocast's dtype.
+        Scalar, or (B,): float32, or float64 for float64 inputs. Under autocast all inputs but float64 ones are brought to
+        autocast's dtype, the whole weight, too.
 
     Examples
     --------

@@ -24,7 +24,7 @@ from transducer_loss.adapters.torch_joint import joint_rnnt_loss
 from transducer_loss.adapters.torch_sampled import labels_in
 from transducer_loss.band import Band
 from transducer_loss.checks import choice, finite, whole_number
-from transducer_loss.classes import Classes
+from transducer_loss.classes import Classes, expect_classes
 from transducer_loss.paths import Occupancy
 
 
@@ -227,6 +227,8 @@ class PrunedRNNTLoss(torch.nn.Module):
         Weight of the simple loss after the warm-up.
     dropout : float
         Of the joint, in training mode.
+    sparse : bool
+        Of the gradients of the three layers' weights, in calls with `classes`.
     reduction : {"mean", "sum", "none"}
     blank, topology, fastemit_lambda, delay_penalty, infeasible, validate
         Of both losses.
@@ -253,9 +255,9 @@ class PrunedRNNTLoss(torch.nn.Module):
     def __init__(
         self, features: int, classes: int, *, encoder_features: int | None = None, predictor_features: int | None = None,
         bias: bool = True, s_range: int = 5, strategy: str = "local", lm_only_scale: float = 0.25, am_only_scale: float = 0.0,
-        warm_step: int = 2000, simple_scale: float = 0.5, dropout: float = 0.0, reduction: str = "mean", blank: int = 0,
-        topology: str = "regular", fastemit_lambda: float = 0.0, delay_penalty: float = 0.0, infeasible: str = "inf",
-        validate: bool = False, **options: Any,
+        warm_step: int = 2000, simple_scale: float = 0.5, dropout: float = 0.0, sparse: bool = False, reduction: str = "mean",
+        blank: int = 0, topology: str = "regular", fastemit_lambda: float = 0.0, delay_penalty: float = 0.0,
+        infeasible: str = "inf", validate: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         choice(reduction, REDUCTIONS, "reduction")
@@ -265,7 +267,7 @@ class PrunedRNNTLoss(torch.nn.Module):
         self.output = torch.nn.Linear(features, classes, bias=bias)
         self.s_range, self.strategy = whole_number(s_range, "s_range", 1), strategy
         self.warm_step, self.simple_scale = whole_number(warm_step, "warm_step", 0), finite(simple_scale, "simple_scale")
-        self.dropout, self.options, self.step = dropout, options, 0
+        self.dropout, self.sparse, self.options, self.step = dropout, sparse, options, 0
         self.scales: dict[str, Any] = {"lm_only_scale": lm_only_scale, "am_only_scale": am_only_scale}
         self.common: dict[str, Any] = {
             "reduction": reduction, "blank": blank, "topology": topology, "fastemit_lambda": fastemit_lambda,
@@ -314,12 +316,16 @@ class PrunedRNNTLoss(torch.nn.Module):
             am, lm = self.simple_encoder(simple_encoder), self.simple_predictor(simple_predictor)
             simple, occupancy = simple_rnnt_loss(am, lm, targets, encoder_lengths, target_lengths, **self.scales, **self.common)
         else:
-            slots = labels_in(classes, targets, target_lengths)
+            expect_classes(classes)
             if classes.per_utterance:
                 raise ValueError("classes: expected those of the whole batch, as the simple loss takes one set, got one each")
-            ids = tensor_of(classes.ids).to(encoder.device, torch.int64)
+            slots = labels_in(classes, targets, target_lengths, validate=self.common["validate"])
+            with caller(encoder):
+                ids = tensor_of(classes.ids).to(encoder.device, torch.int64)
             am, lm = (
-                torch.nn.functional.linear(rows, layer.weight[ids], layer.bias[ids])
+                torch.nn.functional.linear(
+                    rows, torch.nn.functional.embedding(ids, layer.weight, sparse=self.sparse), layer.bias[ids]
+                )
                 for rows, layer in ((simple_encoder, self.simple_encoder), (simple_predictor, self.simple_predictor))
             )
             simple, occupancy = simple_rnnt_loss(
@@ -331,7 +337,8 @@ class PrunedRNNTLoss(torch.nn.Module):
         )  # fmt: skip
         pruned = joint_rnnt_loss(
             encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths, band=band,
-            classes=classes, dropout=self.dropout if self.training else 0.0, **self.common, **self.options,
+            classes=classes, sparse=self.sparse and classes is not None, dropout=self.dropout if self.training else 0.0,
+            **self.common, **self.options,
         )  # fmt: skip
         of_simple, of_pruned = self.weights()
         if self.training:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transducer_loss import output_layer, sampling
 from transducer_loss.adapters.torch_autograd import caller, core_arguments, plain, tensor_of
-from transducer_loss.classes import Classes
+from transducer_loss.classes import Classes, expect_classes
 
 
 def sample_classes(
@@ -76,7 +76,7 @@ def sample_classes(
         return sampling.draw(plain(targets), plain(target_lengths), **options, **core_arguments(on_device[0]))
 
 
-def labels_in(classes: Classes, targets: Any, target_lengths: Any) -> Tensor:
+def labels_in(classes: Classes, targets: Any, target_lengths: Any, *, validate: bool = False) -> Tensor:
     """Labels (B, U) as positions among the sampled classes, for losses of logits over these alone.
 
     Parameters
@@ -84,6 +84,8 @@ def labels_in(classes: Classes, targets: Any, target_lengths: Any) -> Tensor:
     classes : Classes
     targets : (B, U) tensor of int
     target_lengths : (B,) tensor or list of int
+    validate : bool
+        Also check what is on a device, which synchronises.
 
     Returns
     -------
@@ -97,10 +99,10 @@ def labels_in(classes: Classes, targets: Any, target_lengths: Any) -> Tensor:
     >>> labels_in(Classes.from_ids([0, 4, 7, 9], vocab_size=10), torch.tensor([[7, 4]]), [2])
     tensor([[2, 1]], dtype=torch.int32)
     """
-    if not isinstance(classes, Classes):
-        raise TypeError(f"classes: expected Classes, got {type(classes).__name__}")
-    arguments = (classes, plain(targets), plain(target_lengths))
-    if not isinstance(targets, Tensor):
-        return tensor_of(output_layer.labels_in(*arguments))
-    with caller(targets):
-        return tensor_of(output_layer.labels_in(*arguments, **core_arguments(targets)))
+    expect_classes(classes)
+    # A device is where either of the two is on one.
+    where = targets if isinstance(targets, Tensor) and targets.device.type != "cpu" else tensor_of(classes.ids)
+    with caller(where):
+        return tensor_of(
+            output_layer.found_in(classes, plain(targets), plain(target_lengths), validate, **core_arguments(where))
+        )

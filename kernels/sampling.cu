@@ -13,7 +13,7 @@
 #include "cells.cuh"
 #include "philox.cuh"
 
-// Sums of weights from which negatives are drawn lie below 2^40, so that 64 random bits make an even offset, and 2^22 times
+// Sums of weights from which negatives are drawn lie below 2^39, so that 64 random bits make an even offset, and 2^22 times
 // as much fits a long long: so many classes there may be.
 static constexpr unsigned long long DRAWN_FROM = 1ull << 39;
 
@@ -106,7 +106,7 @@ KERNEL sampling_posteriors(long long part, const Utterance* utterances, long lon
 KERNEL sampling_counts(long long classes, const double* counts, unsigned long long* weights) {
     BLOCKS(block, 1) {
         const auto valid = [&](long long v) { return is_finite(counts[v]) && counts[v] > 0.0 ? counts[v] : 0.0; };
-        double top = (double)block;
+        double top = 0.0;
         PARALLEL(v, classes) top = larger(top, valid(v));
         top = block_max(top);
         // By a power of two, so that nothing but the last bits of small counts is lost; no count becomes none.

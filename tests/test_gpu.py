@@ -739,6 +739,33 @@ def test_torch_samples_without_synchronising(proposal: str, scope: str, torch: A
     assert all(torch.equal(one.to_dense(), other.to_dense()) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("where", ["device", "host", "list"])
+@pytest.mark.parametrize("drawn", ["device", "host"])
+def test_torch_labels_in_classes(drawn: str, where: str, torch: Any) -> None:
+    from transducer_loss.adapters.torch import PrunedRNNTLoss, labels_in
+
+    of = make_batch(classes=400)
+    classes = sampled(of, drawn == "device")
+    targets = torch.tensor(of.integers[0])
+    wanted = labels_in(sampled(of, False), targets, of.integers[2])
+    given_to = {"device": targets.to(DEVICE), "host": targets, "list": targets.tolist()}[where]
+    found = labels_in(classes, given_to, of.integers[2])
+    assert torch.equal(found.cpu(), wanted)
+    if where != "list":
+        torch.manual_seed(0)
+        module = PrunedRNNTLoss(20, 400, s_range=3, sparse=True).to(DEVICE)
+        encoder, predictor = leaves(torch, "joint_rnnt_loss", of)[:2]
+        out = module(encoder, predictor, given_to, *of.integers[1:], classes=classes)
+        out.loss.backward()
+        assert module.simple_encoder.weight.grad.is_sparse
+        assert module.output.weight.grad.is_sparse
+        module = module.cpu()
+        module.zero_grad()
+        module.step = 0
+        other = module(encoder.cpu(), predictor.cpu(), targets, *of.integers[1:], classes=sampled(of, False))
+        assert float(out.loss) == pytest.approx(float(other.loss), rel=1e-5)
+
+
 @every_function
 def test_torch_backward_in_another_thread(function: str, torch: Any) -> None:
     of = make_batch()

@@ -202,6 +202,39 @@ def test_module_without_classes_is_exact_and_with_them_sampled() -> None:
     assert not module.output.weight.grad.is_sparse
 
 
+def test_sparse_gradients_of_the_pruned_module() -> None:
+    of = case(classes=V)
+    torch.manual_seed(0)
+    sparse, dense = (PrunedRNNTLoss(6, V, s_range=3, sparse=way).double() for way in (True, False))
+    dense.load_state_dict(sparse.state_dict())
+    classes, (encoder, predictor) = classes_of(of), of.joint[:2]
+    for module in (sparse, dense):
+        module(encoder, predictor, *of.integers, classes=classes).loss.backward()
+    for name, parameter in sparse.named_parameters():
+        assert parameter.grad.is_sparse == (name.endswith("weight") or name == "output.bias")
+        assert error(parameter.grad.to_dense(), dict(dense.named_parameters())[name].grad) < 1e-12
+    # Without classes, as in evaluation, all is dense.
+    sparse.zero_grad()
+    sparse(encoder, predictor, *of.integers).loss.backward()
+    assert not any(parameter.grad.is_sparse for parameter in sparse.parameters())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_in_a_graph_raise_when_they_are_differentiated(sparse: bool) -> None:
+    of = case(classes=V)
+    inputs = leaves(*of.joint)
+    loss = joint_rnnt_loss(*inputs, *of.integers, classes=classes_of(of), sparse=sparse)
+    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+    plain = torch.autograd.grad(joint_rnnt_loss(*inputs, *of.integers, classes=classes_of(of), sparse=sparse), inputs)
+    assert all(torch.equal(one.to_dense(), other.to_dense()) for one, other in zip(gradients, plain, strict=True))
+    for gradient in gradients[:1] if sparse else gradients:
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            gradient.sum().backward(retain_graph=True)
+    if sparse:
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.sparse.sum(gradients[2]).backward(retain_graph=True)
+
+
 def test_labels_in_classes() -> None:
     classes = Classes.from_ids([9, 4, 7, 0], vocab_size=10, blank=9)
     assert classes.ids.tolist() == [9, 0, 4, 7]
@@ -211,6 +244,10 @@ def test_labels_in_classes() -> None:
         labels_in(classes, torch.tensor([[7, 5]]), [2])
     with pytest.raises(TypeError, match="classes: expected Classes, got list"):
         labels_in([1, 2], targets, [3, 1])
+    assert np.array_equal(tl.labels_in(classes, targets.numpy(), [3, 1]), [[3, 2, 0], [1, -1, -1]])
+    assert labels_in(classes, targets.tolist(), torch.tensor([3, 1])).tolist() == [[3, 2, 0], [1, -1, -1]]
+    with pytest.raises(ValueError, match=r"targets: expected shape \(B, U\)"):
+        tl.labels_in(classes, [7, 4], [1, 1])
 
 
 @pytest.mark.parametrize("correction", [False, True])

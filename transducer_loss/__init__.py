@@ -9,6 +9,7 @@ from transducer_loss.classes import Classes
 from transducer_loss.costs import Strategy
 from transducer_loss.joint_loss import Grads, Rows, joint_rnnt_loss
 from transducer_loss.logits_loss import rnnt_loss
+from transducer_loss.output_layer import labels_in
 from transducer_loss.paths import Alignment, Occupancy, align, occupancy
 from transducer_loss.planner import Plan, plan
 from transducer_loss.pruning import gather_predictor, gather_predictor_backward, prune
@@ -31,6 +32,7 @@ __all__ = [
     "gather_predictor",
     "gather_predictor_backward",
     "joint_rnnt_loss",
+    "labels_in",
     "occupancy",
     "plan",
     "prune",

@@ -163,6 +163,15 @@ class Targets:
         return self.array, int(self.array.itemsize == 8), by_utterance, by_label
 
 
+def on_processor(array: Any, processor: Any, name: str) -> Any:
+    """An array where a processor reads it: one of the host is copied to a device, one of another device is an error."""
+    if on_host(array):
+        return array if processor.host else processor.to_device(np.ascontiguousarray(array))
+    if device_name(array) != processor.device:
+        raise ValueError(f"{name}: expected device {processor.device} or the host, got {device_name(array)}")
+    return array
+
+
 def targets_for(
     value: Any, processor: Any, labels: Ints, classes: int, options: Options, validate: bool
 ) -> Targets:
@@ -189,11 +198,7 @@ def targets_for(
                 raise ValueError(f"targets: expected no blank ({options.blank}) with hat=True, got it at index ({b}, {u})")
     if array.dtype.name not in ("int32", "int64"):
         array = array.astype(np.int64)
-    if on_host(array) and not processor.host:
-        array = processor.to_device(np.ascontiguousarray(array))
-    if not on_host(array) and processor.host:
-        raise ValueError("targets: expected device cpu as the logits or encoder, got " + device_name(array))
-    return Targets(array)
+    return Targets(on_processor(array, processor, "targets"))
 
 
 def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
@@ -210,10 +215,6 @@ def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
     expect_shape(array, "weights", "(B,)", (batch,))
     if array.dtype.name not in FLOATS:
         raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
-    if on_host(array):
-        return processor.to_device(np.ascontiguousarray(array.astype(dtype)))
-    if processor.host:
-        raise ValueError(f"weights: expected device cpu, got {device_name(array)}")
-    return processor.dense(array, dtype)
+    return processor.dense(on_processor(array.astype(dtype) if on_host(array) else array, processor, "weights"), dtype)
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss.arrays import as_array, device_name, on_host
-from transducer_loss.checks import blank_class, whole_number
+from transducer_loss.arrays import as_array, on_host
+from transducer_loss.checks import blank_class, on_processor, whole_number
 from transducer_loss.processors import processor_for
 
 MOST_CLASSES = 1 << 22
 """Vocabularies that sampling has room for."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Classes:
     """Blank, labels and negatives: the classes that a loss is normalised over (arXiv 2203.16868).
 
@@ -130,6 +130,12 @@ def vocabulary_size(value: Any) -> int:
     return vocabulary
 
 
+def expect_classes(classes: Any) -> None:
+    """Raise unless `classes` are such."""
+    if not isinstance(classes, Classes):
+        raise TypeError(f"classes: expected Classes, got {type(classes).__name__}")
+
+
 def classes_for(
     classes: Any, processor: Any, vocabulary: int, blank: int, targets: Any, labels: Any, validate: bool
 ) -> Classes:
@@ -138,8 +144,7 @@ def classes_for(
     Labels that are not among the classes are found where both are on the host, or with `validate`; else they make an
     utterance's loss NaN.
     """
-    if not isinstance(classes, Classes):
-        raise TypeError(f"classes: expected Classes, got {type(classes).__name__}")
+    expect_classes(classes)
     for name, mine, theirs in (("vocabulary", classes.vocab_size, vocabulary), ("blank", classes.blank, blank)):
         if mine != theirs:
             raise ValueError(f"classes: expected those of {name} {theirs}, got {mine}")
@@ -158,12 +163,9 @@ def classes_for(
                     f"targets: expected labels among the sampled classes, as sample_classes keeps those of its own batch, "
                     f"got {known[b, u]} at index ({b}, {u})"
                 )
-    ids, probability = classes.ids, classes.probability
-    if on_host(ids) != processor.host:
-        if processor.host:
-            raise ValueError(f"classes: expected them on the host, as the inputs, got device {device_name(ids)}")
-        ids, probability = processor.to_device(ids), processor.to_device(probability)
+    ids, probability = (on_processor(array, processor, "classes") for array in (classes.ids, classes.probability))
     # As kernels read them, whoever has made them.
-    return dataclasses.replace(
+    checked: Classes = dataclasses.replace(
         classes, ids=processor.dense(ids, "int32"), probability=processor.dense(probability, "float32")
     )  # fmt: skip
+    return checked

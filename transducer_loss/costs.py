@@ -61,7 +61,7 @@ logits += bias
 loss, grad = tl.rnnt_loss(logits, targets, frames, labels{})"""
 _SAMPLE = "classes = tl.sample_classes(targets, labels, vocab_size={}, num_samples={})\n"
 _SLOTS = """\
-slots = np.searchsorted(classes.ids[1:], targets) + 1
+slots = tl.labels_in(classes, targets, labels)
 # am, lm: of classes.ids alone
 """
 _PRUNE = """\

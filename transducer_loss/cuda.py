@@ -56,16 +56,21 @@ class Cuda(OnCuda):
 
     def __init__(self, device: int, allocate: Allocate | None = None) -> None:
         super().__init__(allocate or (lambda shape, dtype: cupy.empty(shape, numpy_dtype(dtype))))
-        self.device = cupy.cuda.Device(device)
+        self._device = cupy.cuda.Device(device)
         # Logits of a tile and what is made of them stay in the L2 cache.
-        self.tile_bytes = int(self.device.attributes["L2CacheSize"]) * 2 // 3
+        self.tile_bytes = int(self._device.attributes["L2CacheSize"]) * 2 // 3
+
+    @property
+    def device(self) -> str:
+        """As "cuda:0"."""
+        return f"cuda:{self._device.id}"
 
     def __enter__(self) -> Cuda:
-        self.device.__enter__()
+        self._device.__enter__()
         return self
 
     def __exit__(self, *details: object) -> None:
-        self.device.__exit__(*details)
+        self._device.__exit__(*details)
 
     def launch(
         self, name: str, blocks: int, columns: int, *arguments: Any, steps: int = 1, per_thread: int = 4, alone: bool = False
@@ -77,7 +82,7 @@ class Cuda(OnCuda):
             else np.int64(argument if isinstance(argument, int) else 0 if argument is None else address_of(argument))
             for argument in arguments
         )  # fmt: skip
-        _kernel(name, self.device.id)((min(blocks, 2**31 - 1),), (max(threads, 32),), values)
+        _kernel(name, self._device.id)((min(blocks, 2**31 - 1),), (max(threads, 32),), values)
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Launch one task after the other."""

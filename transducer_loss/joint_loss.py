@@ -17,6 +17,7 @@ from transducer_loss.checks import (
     expect_shape,
     finite,
     float_array,
+    integers,
     lengths,
     targets_for,
     whole_number,
@@ -48,7 +49,7 @@ class Grads:
     dropped: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """A gradient that is 0 but for a few rows.
 
@@ -129,7 +130,7 @@ def problem(
             known, checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
             None if classes is None else classes_for(
-                classes, processor, vocabulary, checked.blank, known.array, labels, validate
+                classes, processor, vocabulary, checked.blank, integers(targets, "targets"), labels, validate
             ),
             bool(sparse),
         )  # fmt: skip
@@ -256,7 +257,8 @@ def joint_rnnt_loss(
         Pruned (arXiv 2206.13236) or alignment-restricted loss: only the band's cells are ever projected.
     classes : Classes, optional
         Of `sample_classes`, for these targets: the loss normalises over them alone (sampled softmax, arXiv 2203.16868), and
-        only their rows of weight and bias are read. With classes per utterance, utterances are worked on one by one.
+        only their rows of weight and bias are read. With classes per utterance, utterances are worked on one by one, which on
+        CUDA costs a read-back each unless ``occupancy_floor=0``.
     fastemit_lambda, delay_penalty, hat, infeasible, weights, validate
         As of `rnnt_loss`.
     activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
@@ -274,7 +276,8 @@ def joint_rnnt_loss(
         Cells that the paths of an utterance use less than ``occupancy_floor * (T_b + U_b) / cells_b`` times get no
         gradient: all dropped ones together are used less than ``occupancy_floor * (T_b + U_b)`` times. 0 keeps every cell.
     sparse : bool
-        With `classes`, give the gradients of weight and bias as `Rows`, without their (V, H) and (V,) arrays.
+        With `classes`, give the gradients of weight and bias as `Rows`, without their (V, H) and (V,) arrays: K rows, or
+        with classes per utterance B K, of which those of common classes come several times.
 
     Returns
     -------

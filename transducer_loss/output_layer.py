@@ -9,19 +9,55 @@ import numpy as np
 from transducer_loss.arrays import element_strides, on_host
 from transducer_loss.cells import Cells
 from transducer_loss.checks import ANY_LABELS, Targets, integers, lengths, targets_for
-from transducer_loss.classes import Classes, classes_for
+from transducer_loss.classes import Classes, classes_for, expect_classes
 from transducer_loss.processors import Allocate, processor_for
 
 
-def labels_in(
-    classes: Classes, targets: Any, target_lengths: Any, threads: int | None = None, allocate: Allocate | None = None
-) -> Any:
-    """Labels (B, U) as positions among the sampled classes, (B, max U_b) int32, for losses of logits over these alone."""
+def labels_in(classes: Classes, targets: Any, target_lengths: Any, *, validate: bool = False) -> Any:
+    """Labels as positions among the sampled classes, for losses of logits over these alone.
+
+    Parameters
+    ----------
+    classes : Classes
+    targets : (B, U) array or nested list of int
+    target_lengths : (B,) array or list of int
+    validate : bool
+        Also check what is on a device, which synchronises.
+
+    Returns
+    -------
+    (B, max U_b) array of int32
+        On the device of `targets` or `classes`, if one is on a device. The blank is class 0 there. -1 past the last label, and
+        for an unchecked label that is not among the classes.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+
+    Examples
+    --------
+    >>> import transducer_loss as tl
+    >>> tl.labels_in(tl.Classes.from_ids([0, 4, 7, 9], vocab_size=10), [[7, 4], [9, 0]], [2, 1])
+    array([[ 2,  1],
+           [ 3, -1]], dtype=int32)
+    """
+    return found_in(classes, targets, target_lengths, validate)
+
+
+def found_in(
+    classes: Any, targets: Any, target_lengths: Any, validate: bool, threads: int | None = None,
+    allocate: Allocate | None = None,
+) -> Any:  # fmt: skip
+    """See `labels_in`."""
+    expect_classes(classes)
     given = integers(targets, "targets")
+    if given.ndim != 2 or given.shape[0] < 1:
+        raise ValueError(f"targets: expected shape (B, U) of at least one utterance, got {tuple(given.shape)}")
     labels = lengths(target_lengths, "target_lengths", given.shape[0], 0, given.shape[-1], "U")
     with processor_for(classes.ids if on_host(given) else given, threads, allocate) as processor:
-        known = targets_for(given, processor, labels, classes.vocab_size, ANY_LABELS, False)
-        here = classes_for(classes, processor, classes.vocab_size, classes.blank, known.array, labels, False)
+        known = targets_for(given, processor, labels, classes.vocab_size, ANY_LABELS, validate)
+        here = classes_for(classes, processor, classes.vocab_size, classes.blank, given, labels, validate)
         return slots_of(processor, here, Cells.full(np.ones_like(labels), labels), known).array
 
 

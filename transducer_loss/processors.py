@@ -172,6 +172,11 @@ class Processor:
             self.zero(view)
         return native, view
 
+    @property
+    def device(self) -> str:
+        """Where its arrays are, as `arrays.device_name` says it."""
+        return "cpu"
+
     def zero(self, array: Any) -> None:
         """Fill with zeros."""
         raise NotImplementedError

@@ -86,7 +86,8 @@ def sample_classes(
         ``-log(pi)``. The expected sum of exponentials is then that of all V classes; its logarithm, and so the loss, is still
         too low on average. Without it the loss is lower still, but rivals weigh more in the gradient.
     seed, step : int
-        The same classes for the same numbers, modulo 2^63, on every processor. Give data-parallel workers a seed each.
+        The same classes for the same numbers, modulo 2^63, on every processor: count `step` up in training. Give
+        data-parallel workers a seed each.
     validate : bool
         Also check targets and counts that are on a device, which synchronises.
 
@@ -106,9 +107,9 @@ def sample_classes(
     the number of negatives, and the sum over those whose probability is below 1. Classes of weight 0 are drawn only where too
     few others are left. Systematic sampling over a random order of the classes makes this exact, with no class twice.
 
-    The classes' own memory is 8 K bytes, or 8 B K; temporary memory is 9 V bytes, with other counts than float64 8 V more, with
-    ``proposal="ctc"`` 12 a frame, and with ``scope="utterance"`` as much for several utterances at a time, up to 16 MiB.
-    Nothing is read back from the device.
+    The classes' own memory is 8 K bytes, or 8 B K; temporary memory is 9 V bytes, with counts 8 V more where they are no
+    float64 or to be brought to a device, with ``proposal="ctc"`` 12 a frame, and with ``scope="utterance"`` as much for each of
+    the utterances drawn at once, as many as 16 MiB hold. Nothing is read back from the device but lengths that are there.
 
     Use the framework's own CTC loss to train the auxiliary head, on the same logits: they are not changed here.
 
