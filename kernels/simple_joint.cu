@@ -221,7 +221,8 @@ KERNEL simple_joint_ratios(long long rows, const Utterance* utterances, long lon
         PARALLEL(u, of.labels + 1) {
             const Real both = blank_occupancy[start + u] + label_occupancy[start + u];
             const Real product = products[start + u];
-            products[start + u] = live && product >= smallest(Real(0)) ? both / product : Real(0);
+            products[start + u] =
+                live && both >= Real(NEGLIGIBLE) && product >= smallest(Real(0)) ? both / product : Real(0);
             sum += both;
         }
         sum = block_sum(sum);

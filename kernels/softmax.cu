@@ -133,15 +133,16 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
 
 // d loss / d x[v] = w ((gb + ge) p[v] - [v = blank] gb - [v = y] ge), gb and ge the occupancies of the cell's arcs.
 // HAT: the blank gets w ((gb + ge) sigmoid - gb), a label w ge (q[v] - [v = y]), q the softmax without blank.
-// One loop over the classes, then the two that an arc takes.
+// One loop over the classes, then the two that an arc takes. Values nearer to 0 than `tiny` are 0.
 template <typename In, typename Out, typename Real>
 DEVICE void gradient_of_row(const In in, const Out out, long long classes, long long blank, long long target,
-                            int distribution, bool kept, Real normaliser, Real blank_share, Real label_share) {
+                            int distribution, bool kept, Real normaliser, Real blank_share, Real label_share, Real tiny) {
     const Real both = blank_share + label_share;
     const Real blank_value = kept ? Real(load(in.at(blank))) : in.logit(blank);
     const Real target_value = target < 0 ? Real(0) : kept ? Real(load(in.at(target))) : in.logit(target);
     const bool unused = blank_share == Real(0) && label_share == Real(0);
     const Real factor = distribution == HAT ? label_share : both;
+    const auto rounded = [&](Real value) { return value < tiny && value > -tiny ? Real(0) : value; };
     __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes
     if (unused || distribution == NORMALIZED) {
         SIMD
@@ -149,10 +150,10 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
     } else if (kept) {
         const Real scale = factor * normaliser;
         SIMD
-        PARALLEL(v, classes) store(out.at(v), scale * Real(load(in.at(v))));
+        PARALLEL(v, classes) store(out.at(v), rounded(scale * Real(load(in.at(v)))));
     } else {
         SIMD
-        PARALLEL(v, classes) store(out.at(v), factor * exponential(in.logit(v) - normaliser));
+        PARALLEL(v, classes) store(out.at(v), rounded(factor * exponential(in.logit(v) - normaliser)));
     }
     __syncthreads();
     if (threadIdx.x != 0 || unused) return;
@@ -166,8 +167,8 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
     const Real blank_p = distribution == HAT ? (kept ? blank_value : sigmoid(blank_value))
                          : kept              ? blank_value * normaliser
                                              : exponential(blank_value - normaliser);
-    store(out.at(blank), both * blank_p - blank_share - (same ? label_share : Real(0)));
-    if (target >= 0 && !same) store(out.at(target), factor * target_p - label_share);
+    store(out.at(blank), rounded(both * blank_p - blank_share - (same ? label_share : Real(0))));
+    if (target >= 0 && !same) store(out.at(target), rounded(factor * target_p - label_share));
 }
 
 // Gradient of cells [begin, begin + n) of the list `cells` (of the group, where cells is null) into a tile, row i for the
@@ -187,15 +188,16 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
         const Utterance& of = utterances[at.utterance];
         const Real weight = weights ? weights[of.index] * Real(constant_weight) : Real(constant_weight);
         // An utterance of weight 0 or of zero occupancy may hold NaN: neither its logits nor its targets are looked at.
-        const bool none = weight == Real(0) || (blank_occupancy[cell] == Real(0) && label_occupancy[cell] == Real(0));
+        const bool none = weight == Real(0) || blank_occupancy[cell] + label_occupancy[cell] < Real(NEGLIGIBLE);
         const Real blank_share = none ? Real(0) : weight * blank_occupancy[cell];
         const Real label_share = none ? Real(0) : weight * label_occupancy[cell];
+        const Real tiny = Real(NEGLIGIBLE) * (weight < Real(0) ? -weight : weight);
         const long long target =
             none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label);
         const T* const in = logits + (kept ? cell : i) * classes;
         const auto work = [&](auto row) {
             gradient_of_row(row, Row<true, false, G>{gradient + i * classes, 1, nullptr}, classes, blank, target,
-                            (int)distribution, kept != 0, normaliser[cell], blank_share, label_share);
+                            (int)distribution, kept != 0, normaliser[cell], blank_share, label_share, tiny);
         };
         if (bias && !kept)
             work(Row<true, true, const T>{in, 1, bias});
@@ -234,10 +236,10 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
         T* out = gradient + (packed ? i * out_by_label : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
         if (by_class == 1 && out_by_class == 1)
             gradient_of_row(Row<true, false, const T>{in, 1, nullptr}, Row<true, false, T>{out, 1, nullptr}, classes, blank,
-                            target, (int)distribution, false, z, blank_share, label_share);
+                            target, (int)distribution, false, z, blank_share, label_share, Real(0));
         else
             gradient_of_row(Row<false, false, const T>{in, by_class, nullptr}, Row<false, false, T>{out, out_by_class, nullptr},
-                            classes, blank, target, (int)distribution, false, z, blank_share, label_share);
+                            classes, blank, target, (int)distribution, false, z, blank_share, label_share, Real(0));
     }
 }
 

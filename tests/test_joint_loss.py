@@ -624,3 +624,42 @@ def test_memory_beyond_inputs_and_outputs(dtype: str, workspace: int) -> None:
     beyond = run_python(program)
     # The logits alone would take 84 MiB, twice that in float64.
     assert 2 << 20 < beyond < (workspace << 20) + 20_000_000
+
+
+def test_no_subnormal_number_goes_into_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many processors take a hundred times longer for them; the cells far from every path are full of them.
+    rng = np.random.default_rng(0)
+    encoder, predictor = rng.normal(size=(1, 150, 8)).astype("f"), rng.normal(size=(1, 41, 8)).astype("f")
+    weight, bias = (6 * rng.normal(size=(30, 8))).astype("f"), np.zeros(30, "f")
+    arguments = (encoder, predictor, weight, bias, rng.integers(1, 30, (1, 40)), [150], [40])
+    operands: list[Any] = []
+    gemm = processors.Host.gemm
+
+    def watched(self: Any, a: Any, *rest: Any) -> None:
+        operands.append(a.copy())
+        gemm(self, a, *rest)
+
+    monkeypatch.setattr(processors.Host, "gemm", watched)
+    for weights in (None, [-1e-3]):
+        for workspace in (None, 250_000):  # with logits kept, and made twice
+            operands.clear()
+            tl.joint_rnnt_loss(*arguments, weights=weights, workspace=workspace, occupancy_floor=0.0)
+            largest = max(np.abs(a).max() for a in operands)
+            least = min(np.abs(a[a != 0]).min() for a in operands)
+            assert least > np.finfo("f").smallest_normal
+            assert largest > 0.1
+    posterior = tl.occupancy(*arguments)
+    both = posterior.blank + posterior.label
+    assert ((both > 0) & (both < 1e-30)).any()
+
+
+def test_small_weights_keep_their_gradient() -> None:
+    of = inputs(np.random.default_rng(3), [9, 5], [4, 2], 11, 6)
+    _, wanted = tl.joint_rnnt_loss(*of.all, occupancy_floor=0.0)
+    batch = len(of.frames)
+    for scale in (1e-20, -1e-25):
+        _, grads = tl.joint_rnnt_loss(*of.all, occupancy_floor=0.0, weights=[scale] * batch)
+        assert wanted is not None
+        assert grads is not None
+        for name in ("encoder", "predictor", "weight"):
+            np.testing.assert_allclose(getattr(grads, name) / scale, getattr(wanted, name), rtol=1e-4, atol=1e-6)
