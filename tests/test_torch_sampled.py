@@ -1,16 +1,15 @@
 """Sampled softmax for PyTorch: classes, their gradients as sparse tensors, modules, and data-parallel workers."""
 
 import dataclasses
-import os
 import socket
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import transducer_loss as tl
+from data_parallel import V, loss_of, worker
 from helpers import TOPOLOGIES
 from naive_torch import DTYPES, Case, case, error, leaves, same
 from transducer_loss import reference
@@ -25,7 +24,6 @@ from transducer_loss.adapters.torch import (
     simple_rnnt_loss,
 )
 
-V = 40
 UPSTREAM = (1.5, -0.75, 0.0, 2.0)
 of_each_scope = pytest.mark.parametrize("scope", ["batch", "utterance"])
 of_each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -280,34 +278,11 @@ def test_pruned_module_with_classes(correction: bool) -> None:
         module(encoder, predictor, *of.integers, classes=classes_of(of, "utterance", blank=2))
 
 
-def _shard(of: Case, rank: int) -> Case:
-    half = slice(2 * rank, 2 * rank + 2)
-    return dataclasses.replace(
-        of, joint=(of.joint[0][half], of.joint[1][half], *of.joint[2:]), targets=of.targets[half],
-        frames=of.frames[half], labels=of.labels[half],
-    )  # fmt: skip
-
-
-def _loss_of(module: Any, of: Case, rank: int) -> Tensor:
-    classes = sample_classes(of.targets, of.labels, vocab_size=V, num_samples=2, correction=True, seed=100 + rank)
-    return module(*of.joint[:2], *of.integers, classes=classes)
-
-
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    module = torch.nn.parallel.DistributedDataParallel(JointRNNTLoss(6, V).double())
-    _loss_of(module, _shard(case(classes=V), rank), rank).backward()
-    torch.save([parameter.grad for parameter in module.parameters()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_gradients_of_workers_with_different_seeds_are_averaged(tmp_path: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert same(*found)
 
@@ -315,7 +290,7 @@ def test_gradients_of_workers_with_different_seeds_are_averaged(tmp_path: Any) -
     module = JointRNNTLoss(6, V).double()
     alone = []
     for rank in (0, 1):
-        alone.append(torch.autograd.grad(_loss_of(module, _shard(case(classes=V), rank), rank), list(module.parameters())))
+        alone.append(torch.autograd.grad(loss_of(module, rank), list(module.parameters())))
     for got, one, other in zip(found[0], *alone, strict=True):
         assert error(got, (one + other) / 2) < 1e-12
     # The workers' classes differ, so each sees rows that the other has no gradient for.
