@@ -162,6 +162,11 @@ def on_host(array: Any) -> bool:
     return isinstance(array, np.ndarray)
 
 
+def as_numpy(array: Any) -> np.ndarray[Any, Any]:
+    """A NumPy array of an array's numbers: itself on the host, a copy that synchronises from a device."""
+    return np.asarray(array if on_host(array) else array.get())
+
+
 def device_name(array: Any) -> str:
     """``"cpu"`` or ``"cuda:0"``, for errors."""
     return "cpu" if on_host(array) else f"cuda:{array.device.id}"

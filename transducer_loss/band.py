@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transducer_loss.arrays import as_array, on_host
+from transducer_loss.arrays import as_array, as_numpy, on_host
 from transducer_loss.cells import Cells, Ints
 from transducer_loss.checks import TOPOLOGIES, choice, lengths, whole_number
 from transducer_loss.processors import processor_for
@@ -80,7 +80,7 @@ class Band:
         if not given.shape[0]:
             raise ValueError(f"frames: expected integers of shape (B, U) of at least one utterance, got shape {given.shape}")
         left, right = (min(whole_number(value, name, 0), _MOST) for value, name in ((left, "left"), (right, "right")))
-        host = np.asarray(given if on_host(given) else given.get()).astype(np.int64)
+        host = as_numpy(given).astype(np.int64)
         batch, most = host.shape
         counts = lengths(encoder_lengths, "encoder_lengths", batch, 1, 2**31 - 1, "T")
         labels = lengths(target_lengths, "target_lengths", batch, 0, most, "U")
@@ -134,7 +134,7 @@ class Band:
         given = _integers(ranges, "ranges", "B, T, S")
         if 0 in given.shape:
             raise ValueError(f"ranges: expected integers of shape (B, T, S), got {given.dtype.name} of shape {given.shape}")
-        host = np.asarray(given if on_host(given) else given.get()).astype(np.int64)
+        host = as_numpy(given).astype(np.int64)
         batch, frames, width = host.shape
         counts = lengths(encoder_lengths, "encoder_lengths", batch, 1, frames, "T")
         labels = lengths(target_lengths, "target_lengths", batch, 0, 2**31 - 1, "U")

@@ -33,6 +33,11 @@ class Group:
         return self.table[begin:end], end - begin
 
 
+def label_table(processor: Any, labels: Ints) -> Any:
+    """The kernels' table of utterances, for those kernels that look at labels alone."""
+    return Cells.full(np.ones_like(labels), labels).group(processor).table
+
+
 @dataclasses.dataclass(frozen=True)
 class Cells:
     """Which cells (b, t, u) of a batch are real and stored.

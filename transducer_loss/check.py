@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import transducer_loss
-from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype, on_host
+from transducer_loss.arrays import COMPUTE, FLOATS, as_numpy, numpy_dtype
 from transducer_loss.check_cases import VARIANTS_OF, Array, Case, cases, expected, inputs, options
 from transducer_loss.checks import TOPOLOGIES, choice
 from transducer_loss.info import cuda
@@ -99,7 +99,7 @@ def _results(
 def _difference(array: Any, expected: Array) -> Array:
     if array.shape != expected.shape:
         raise ValueError(f"expected a result of shape {expected.shape}, got {array.shape}")
-    return np.asarray(array if on_host(array) else array.get()).astype(np.float64) - expected
+    return as_numpy(array).astype(np.float64) - expected
 
 
 def budgets(function: str, dtype: str, device: str) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss.arrays import FLOATS, as_array, device_name, element_strides, on_host
+from transducer_loss.arrays import FLOATS, as_array, as_numpy, device_name, element_strides, on_host
 from transducer_loss.cells import Ints
 
 TOPOLOGIES = ("regular", "modified", "constrained")
@@ -142,7 +142,7 @@ def lengths(value: Any, name: str, batch: int, low: int, high: int, dims: str) -
     """(B,) lengths on the host, each in [low, high]; those on a device are copied, which synchronises."""
     array = integers(value, name)
     expect_shape(array, name, "(B,)", (batch,))
-    host = np.asarray(array if on_host(array) else array.get()).astype(np.int64)
+    host = as_numpy(array).astype(np.int64)
     bad = (host < low) | (host > high)
     if bad.any():
         at = int(np.argmax(bad))
@@ -185,7 +185,7 @@ def targets_for(
     if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < longest:
         raise ValueError(f"targets: expected shape (B, U) = ({batch}, {longest}), got {tuple(array.shape)}")
     if on_host(array) or validate:
-        known = array if on_host(array) else array.get()
+        known = as_numpy(array)
         real = np.arange(known.shape[1])[None] < labels[:, None]
         bad = real & ((known < 0) | (known >= classes))
         if bad.any():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss.arrays import as_array, on_host
+from transducer_loss.arrays import as_array, as_numpy, on_host
 from transducer_loss.checks import blank_class, on_processor, whole_number
 from transducer_loss.processors import processor_for
 
@@ -80,7 +80,7 @@ class Classes:
         vocabulary = vocabulary_size(vocab_size)
         nothing = blank_class(blank, vocabulary)
         given = _array(ids, "ids", "iu")
-        host = np.asarray(given if on_host(given) else given.get())
+        host = as_numpy(given)
         outside = (host < 0) | (host >= vocabulary)
         if outside.any():
             raise ValueError(f"ids: expected classes in [0, V = {vocabulary}), got {host[outside][0]}")
@@ -95,7 +95,7 @@ class Classes:
         shares = np.ones(host.shape, np.float32)
         if probability is not None:
             of_ids = _array(probability, "probability", "f")
-            shares = np.asarray(of_ids if on_host(of_ids) else of_ids.get()).astype(np.float32)
+            shares = as_numpy(of_ids).astype(np.float32)
             if shares.shape != host.shape:
                 raise ValueError(f"probability: expected shape {host.shape} as ids, got {shares.shape}")
             if not ((shares > 0) & (shares <= 1)).all():
@@ -154,7 +154,7 @@ def classes_for(
     if classes.per_utterance and len(classes.ids) != len(labels):
         raise ValueError(f"classes: expected those of {len(labels)} utterances, got {len(classes.ids)}")
     if (on_host(classes.ids) and on_host(targets)) or validate:
-        ids, known = (np.asarray(array if on_host(array) else array.get()) for array in (classes.ids, targets))
+        ids, known = map(as_numpy, (classes.ids, targets))
         for b, length in enumerate(labels):
             missing = ~np.isin(known[b, :length], ids[b] if classes.per_utterance else ids)
             if missing.any():

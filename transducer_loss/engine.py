@@ -70,6 +70,16 @@ class _Strip:
     used: bool = False
     carried: int = -1
 
+    def add(self, other: _Strip) -> None:
+        """Add another's sums, or take them where there are none yet."""
+        for mine, theirs in ((self.weight, other.weight), (self.bias, other.bias)):
+            if theirs is not None:
+                if self.used:
+                    mine += theirs
+                else:
+                    mine[...] = theirs
+        self.used = True
+
 
 class Engine:
     """Runs one problem. Use inside ``with problem.processor``."""
@@ -84,7 +94,7 @@ class Engine:
             self.weight = of.weight.astype(operand) if widen else of.weight
             self.bias = None if of.bias is None else processor.dense(of.bias, of.dtype)
         else:
-            self.targets = output_layer.slots_of(processor, of.classes, of.cells, of.targets)
+            self.targets = output_layer.slots_of(processor, of.classes, of.cells.labels, of.targets)
             self.options = dataclasses.replace(of.options, blank=0)
             self.weight = processor.empty((self.classes, self.features), operand)
             has_bias = of.bias is not None or of.classes.correction
@@ -294,21 +304,10 @@ class Engine:
 
     def _add_up(self, strips: list[_Strip], gradients: Gradients, row: int) -> None:
         """The strips' sums, in order, to the gradients of the output layer, and new sums to begin with."""
-        used = [strip for strip in strips if strip.used]
         total = strips[0]
-        for strip in used:
-            if strip is total:
-                continue
-            if total.used:
-                total.weight += strip.weight
-            else:
-                total.weight[...] = strip.weight
-            if strip.bias is not None:
-                if total.used:
-                    total.bias += strip.bias
-                else:
-                    total.bias[...] = strip.bias
-            total.used = True
+        for strip in strips[1:]:
+            if strip.used:
+                total.add(strip)
         if self.of.classes is not None and not self.of.sparse and total.used:
             output_layer.scatter(
                 self.processor, self.of.classes, row, total.weight, total.bias, gradients.weight, gradients.bias

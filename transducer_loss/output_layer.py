@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from transducer_loss.arrays import element_strides, on_host
-from transducer_loss.cells import Cells
+from transducer_loss.cells import Ints, label_table
 from transducer_loss.checks import ANY_LABELS, Targets, integers, lengths, targets_for
 from transducer_loss.classes import Classes, classes_for, expect_classes
 from transducer_loss.processors import Allocate, processor_for
@@ -58,16 +56,16 @@ def found_in(
     with processor_for(classes.ids if on_host(given) else given, threads, allocate) as processor:
         known = targets_for(given, processor, labels, classes.vocab_size, ANY_LABELS, validate)
         here = classes_for(classes, processor, classes.vocab_size, classes.blank, given, labels, validate)
-        return slots_of(processor, here, Cells.full(np.ones_like(labels), labels), known).array
+        return slots_of(processor, here, labels, known).array
 
 
-def slots_of(processor: Any, classes: Classes, cells: Cells, targets: Targets) -> Targets:
+def slots_of(processor: Any, classes: Classes, labels: Ints, targets: Targets) -> Targets:
     """Labels as slots of the classes, (B, U); -1 for a label that has none."""
-    batch, columns = len(cells.frames), max(int(cells.labels.max()), 1)
+    batch, columns = len(labels), max(int(labels.max()), 1)
     found = processor.empty((batch, columns), "int32")
     processor.launch(
         "output_layer_targets", batch, columns,
-        batch, Cells.full(cells.frames, cells.labels).group(processor).table, *targets.arguments, classes.ids,
+        batch, label_table(processor, labels), *targets.arguments, classes.ids,
         classes.slots if classes.per_utterance else 0, classes.slots, columns, found, per_thread=1,
     )  # fmt: skip
     return Targets(found)

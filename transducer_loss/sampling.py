@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss.arrays import as_array, element_strides, on_host
-from transducer_loss.cells import Cells
+from transducer_loss.arrays import as_array, as_numpy, element_strides, on_host
+from transducer_loss.cells import Cells, label_table
 from transducer_loss.checks import (
     ANY_LABELS,
     blank_class,
@@ -159,7 +159,7 @@ def draw(
     rows = batch if each else 1
 
     with processor_for(source, threads, allocate) as processor:
-        table = Cells.full(np.ones_like(labels), labels).group(processor)
+        table = label_table(processor, labels)
         known = targets_for(given, processor, labels, vocabulary, ANY_LABELS, validate)
         frames = None if logits is None else _Frames(processor, logits, ctc_lengths, labels)
         weights, by_row = None, 0
@@ -181,7 +181,7 @@ def draw(
                 frames.average(weights, first, last, by_row)
             processor.launch(
                 "sampling_draw", end - begin, vocabulary,
-                end - begin, begin, table.table, batch, int(each), *known.arguments, silent, vocabulary, weights, by_row,
+                end - begin, begin, table, batch, int(each), *known.arguments, silent, vocabulary, weights, by_row,
                 int(bool(correction)), slots, drawn_from, drawn_at, marks, ids, probability, steps=20,
             )  # fmt: skip
     return Classes(ids, probability, vocabulary, silent, bool(correction))
@@ -197,7 +197,7 @@ def _counts(counts: Any, vocabulary: int, validate: bool) -> Any:
         raise TypeError(f"counts: expected numbers, got dtype {array.dtype.name}")
     expect_shape(array, "counts", "(V,)", (vocabulary,))
     if on_host(array) or validate:
-        host = (array if on_host(array) else array.get()).astype(np.float64, copy=False)
+        host = as_numpy(array).astype(np.float64, copy=False)
         bad = ~(np.isfinite(host) & (host >= 0))
         if bad.any():
             v = int(np.argmax(bad))
