@@ -6,10 +6,16 @@
 //   hat          blank = log sigmoid(x[blank]), label = x[y] - z + log(1 - sigmoid(x[blank])), z without the blank
 //
 // A cell whose normaliser is not finite (a NaN or +inf logit) gets NaN arcs; -inf is a probability of zero.
+//
+// Where several processes hold a shard of the vocabulary each, softmax_forward leaves the logits of those of the two classes
+// that its own shard has and the logarithm of its own sum; softmax_share and softmax_join make arcs of all shards', about two
+// exchanges between the processes.
 #include "processor.cuh"
 #include "cells.cuh"
 
 enum Distribution { SOFTMAX = 0, NORMALIZED = 1, HAT = 2 };
+
+static constexpr long long CELLS_OF_BLOCK = 1024;  // where a cell is a few numbers
 
 // x[v] for v = 0 .. V - 1 at any stride, and with `biased` the bias that is still to be added to it. Both are known while
 // compiling, so that loops over dense rows vectorise.
@@ -58,50 +64,75 @@ DEVICE typename R::Real exponentials_in(const R row, long long begin, long long 
     return sum;
 }
 
+// The arcs' log-probabilities of a cell from their logits, -inf where there is no label, and z. HAT without any class beside
+// the blank has no labels to normalise.
+template <typename Real>
+DEVICE void write_arcs(Real blank_logit, Real label_logit, Real z, int distribution, bool only_blank, Real* log_blank,
+                       Real* log_label) {
+    const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
+    const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
+    const bool labels_valid = is_finite(z) || (distribution == HAT && only_blank);
+    const bool valid = labels_valid && !is_nan(no_blank) && blank_logit < infinity<Real>();
+    const bool has_label = label_logit > -infinity<Real>();
+    *log_blank = valid ? blank_value : nan_value<Real>();
+    *log_label = !valid ? nan_value<Real>() : has_label ? label_logit - z + no_blank : -infinity<Real>();
+}
+
 // Writes the arcs' log-probabilities of one row. With `keep`, x[v] is overwritten by exp(x[v] - max) (the blank of HAT by
 // its sigmoid) and the normaliser is the factor that makes probabilities of them, so that the gradient needs no second exp.
+// A blank or a target below 0 is none of the row's classes. With `log_sum` the row is that of a shard: there goes z, +inf for one
+// that is not valid, as the largest of several processes' numbers may pass over NaN; the arcs get their logits.
 template <typename R, typename Real>
 DEVICE void arcs_of_row(const R row, long long classes, long long blank, long long target, int distribution, bool keep,
-                        Real* log_blank, Real* log_label, Real* normaliser) {
-    const bool has_label = target >= 0;
-    const Real blank_logit = row.logit(blank), label_logit = has_label ? row.logit(target) : Real(0);
+                        Real* log_blank, Real* log_label, Real* normaliser, Real* log_sum) {
+    const Real blank_logit = blank >= 0 ? row.logit(blank) : -infinity<Real>();
+    const Real label_logit = target >= 0 ? row.logit(target) : -infinity<Real>();
     if (distribution == NORMALIZED) {
         if (threadIdx.x == 0) {
             *log_blank = blank_logit;
-            *log_label = has_label ? label_logit : -infinity<Real>();
+            *log_label = label_logit;
             *normaliser = Real(0);
         }
         return;
     }
     // HAT normalises the classes on either side of the blank.
-    const long long before = distribution == HAT ? blank : 0, after = distribution == HAT ? blank + 1 : 0;
+    const bool without_blank = distribution == HAT && blank >= 0;
+    const long long before = without_blank ? blank : 0, after = without_blank ? blank + 1 : 0;
     const Real highest = block_max(larger(highest_in(row, 0, before), highest_in(row, after, classes)));
-    const Real sum = block_sum(exponentials_in(row, 0, before, highest, keep) +
-                               exponentials_in(row, after, classes, highest, keep));
+    const Real base = highest > -infinity<Real>() ? highest : Real(0);  // nothing but -inf sums to 0, not to NaN
+    const Real sum = block_sum(exponentials_in(row, 0, before, base, keep) +
+                               exponentials_in(row, after, classes, base, keep));
     if (threadIdx.x == 0) {
-        if (keep && distribution == HAT) store(row.at(blank), sigmoid(blank_logit));
-        const Real z = highest + logarithm(sum);
-        const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
-        const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
-        // HAT without any class beside the blank has no labels to normalise.
-        const bool labels_valid = is_finite(z) || (distribution == HAT && classes == 1);
-        const bool valid = labels_valid && !is_nan(no_blank) && blank_logit < infinity<Real>();
-        *log_blank = valid ? blank_value : nan_value<Real>();
-        *log_label = !valid ? nan_value<Real>() : has_label ? label_logit - z + no_blank : -infinity<Real>();
+        if (keep && without_blank) store(row.at(blank), sigmoid(blank_logit));
+        const Real z = base + logarithm(sum);
         *normaliser = keep ? Real(1) / sum : z;
+        if (!log_sum) {
+            write_arcs(blank_logit, label_logit, z, distribution, classes == 1, log_blank, log_label);
+        } else {
+            const bool valid = !is_nan(z) && !is_nan(blank_logit);
+            *log_sum = valid ? z : infinity<Real>();
+            *log_blank = valid ? blank_logit : Real(0);
+            *log_label = valid ? label_logit : Real(0);
+        }
     }
+}
+
+// Where class v lies in a shard, or -1.
+DEVICE long long in_shard(long long v, long long first_class, long long classes) {
+    return v >= first_class && v < first_class + classes ? v - first_class : -1;
 }
 
 // Cells [begin, begin + n) of the group, one block each. Logits of cell (b, t, u): with `packed`, row (cell - begin) of
 // stride by_label; else at b, t, u - first_t of the batch tensor. All strides count elements. `bias` (V,), or null, is added
-// to the logits; it comes with dense rows.
+// to the logits; it comes with dense rows. A row holds the classes [first_class, first_class + classes) of the vocabulary;
+// `log_sum` is null where these are all of it.
 template <typename T>
 KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances, long long count, const Span* spans,
                        T* logits, long long packed, long long by_utterance, long long by_frame, long long by_label,
-                       long long by_class, long long classes, const Compute<T>* bias, const void* targets,
-                       long long wide_targets, long long targets_by_utterance, long long targets_by_label,
-                       long long blank, long long distribution, long long keep, Compute<T>* log_blank, Compute<T>* log_label,
-                       Compute<T>* normaliser) {
+                       long long by_class, long long classes, long long first_class, long long vocabulary,
+                       const Compute<T>* bias, const void* targets, long long wide_targets, long long targets_by_utterance,
+                       long long targets_by_label, long long blank, long long distribution, long long keep,
+                       Compute<T>* log_blank, Compute<T>* log_label, Compute<T>* normaliser, Compute<T>* log_sum) {
     typedef Compute<T> Real;
     BLOCKS(i, n) {
         const long long cell = begin + i;
@@ -111,16 +142,20 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
         const long long target =
             real ? target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label) : -1;
         // A target read from the device may be anything; past the last label it is -1 by definition.
-        if (!real || (at.label < of.labels && (target < 0 || target >= classes))) {
-            if (threadIdx.x == 0) log_blank[cell] = log_label[cell] = normaliser[cell] = real ? nan_value<Real>() : Real(0);
+        if (!real || (at.label < of.labels && (target < 0 || target >= vocabulary))) {
+            if (threadIdx.x == 0) {
+                log_blank[cell] = log_label[cell] = normaliser[cell] = real && !log_sum ? nan_value<Real>() : Real(0);
+                if (log_sum) log_sum[cell] = real ? infinity<Real>() : Real(0);
+            }
             continue;
         }
         T* start = packed ? logits + i * by_label
                           : logits + of.index * by_utterance + at.frame * by_frame +
                                 (at.label - first_label(of, spans, at.frame)) * by_label;
         const auto work = [&](auto row) {
-            arcs_of_row(row, classes, blank, target, (int)distribution, keep != 0, log_blank + cell, log_label + cell,
-                        normaliser + cell);
+            arcs_of_row(row, classes, in_shard(blank, first_class, classes), in_shard(target, first_class, classes),
+                        (int)distribution, keep != 0, log_blank + cell, log_label + cell, normaliser + cell,
+                        log_sum ? log_sum + cell : nullptr);
         };
         if (by_class != 1)
             work(Row<false, false, T>{start, by_class, nullptr});
@@ -131,18 +166,49 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
     }
 }
 
+// A shard's share of a cell's sum of exponentials, as a factor of the largest shard's.
+template <typename Real> KERNEL softmax_share(long long n, const Real* log_sum, const Real* largest, Real* share) {
+    BLOCKS(block, (n + CELLS_OF_BLOCK - 1) / CELLS_OF_BLOCK) {
+        const long long begin = block * CELLS_OF_BLOCK;
+        SIMD
+        PARALLEL(i, smaller(n - begin, CELLS_OF_BLOCK)) {
+            const Real most = largest[begin + i];
+            // Where all sums are 0, or one is not valid, the largest says it all.
+            share[begin + i] = is_finite(most) ? exponential(log_sum[begin + i] - most) : Real(1);
+        }
+    }
+}
+
+// Arcs of cells from the arcs' logits, of which each shard had its own, and from the largest and the shares of all; and the
+// normaliser of this shard's own logits, or with `keep` of what softmax_forward kept of them.
+template <typename Real>
+KERNEL softmax_join(long long n, const Real* log_sum, const Real* largest, const Real* shares, long long vocabulary,
+                    long long distribution, long long keep, Real* log_blank, Real* log_label, Real* normaliser) {
+    BLOCKS(block, (n + CELLS_OF_BLOCK - 1) / CELLS_OF_BLOCK) {
+        const long long begin = block * CELLS_OF_BLOCK;
+        PARALLEL(i, smaller(n - begin, CELLS_OF_BLOCK)) {
+            const long long cell = begin + i;
+            const Real z = largest[cell] + logarithm(shares[cell]), own = log_sum[cell];
+            write_arcs(log_blank[cell], log_label[cell], z, (int)distribution, vocabulary == 1, log_blank + cell,
+                       log_label + cell);
+            const bool any = own > -infinity<Real>();
+            normaliser[cell] = !keep ? z : any ? normaliser[cell] * exponential(own - z) : Real(0);
+        }
+    }
+}
+
 // d loss / d x[v] = w ((gb + ge) p[v] - [v = blank] gb - [v = y] ge), gb and ge the occupancies of the cell's arcs.
 // HAT: the blank gets w ((gb + ge) sigmoid - gb), a label w ge (q[v] - [v = y]), q the softmax without blank.
-// One loop over the classes, then the two that an arc takes. Values nearer to 0 than `tiny` are 0.
-template <typename In, typename Out, typename Real>
+// One loop over the classes, then the two that an arc takes, if they are among the row's. `finished` is the last to see a value.
+template <typename In, typename Out, typename Real, typename Finish>
 DEVICE void gradient_of_row(const In in, const Out out, long long classes, long long blank, long long target,
-                            int distribution, bool kept, Real normaliser, Real blank_share, Real label_share, Real tiny) {
+                            int distribution, bool kept, Real normaliser, Real blank_share, Real label_share,
+                            const Finish finished) {
     const Real both = blank_share + label_share;
-    const Real blank_value = kept ? Real(load(in.at(blank))) : in.logit(blank);
+    const Real blank_value = blank < 0 ? Real(0) : kept ? Real(load(in.at(blank))) : in.logit(blank);
     const Real target_value = target < 0 ? Real(0) : kept ? Real(load(in.at(target))) : in.logit(target);
     const bool unused = blank_share == Real(0) && label_share == Real(0);
     const Real factor = distribution == HAT ? label_share : both;
-    const auto rounded = [&](Real value) { return value < tiny && value > -tiny ? Real(0) : value; };
     __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes
     if (unused || distribution == NORMALIZED) {
         SIMD
@@ -150,25 +216,25 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
     } else if (kept) {
         const Real scale = factor * normaliser;
         SIMD
-        PARALLEL(v, classes) store(out.at(v), rounded(scale * Real(load(in.at(v)))));
+        PARALLEL(v, classes) store(out.at(v), finished(scale * Real(load(in.at(v)))));
     } else {
         SIMD
-        PARALLEL(v, classes) store(out.at(v), rounded(factor * exponential(in.logit(v) - normaliser)));
+        PARALLEL(v, classes) store(out.at(v), finished(factor * exponential(in.logit(v) - normaliser)));
     }
     __syncthreads();
     if (threadIdx.x != 0 || unused) return;
     const bool same = target == blank;
     if (distribution == NORMALIZED) {
-        store(out.at(blank), -(blank_share + (same ? label_share : Real(0))));
-        if (target >= 0 && !same) store(out.at(target), -label_share);
+        store(out.at(blank), finished(-(blank_share + (same ? label_share : Real(0)))));
+        if (target >= 0 && !same) store(out.at(target), finished(-label_share));
         return;
     }
     const Real target_p = kept ? target_value * normaliser : exponential(target_value - normaliser);
     const Real blank_p = distribution == HAT ? (kept ? blank_value : sigmoid(blank_value))
                          : kept              ? blank_value * normaliser
                                              : exponential(blank_value - normaliser);
-    store(out.at(blank), rounded(both * blank_p - blank_share - (same ? label_share : Real(0))));
-    if (target >= 0 && !same) store(out.at(target), rounded(factor * target_p - label_share));
+    if (blank >= 0) store(out.at(blank), finished(both * blank_p - blank_share - (same ? label_share : Real(0))));
+    if (target >= 0 && !same) store(out.at(target), finished(factor * target_p - label_share));
 }
 
 // Gradient of cells [begin, begin + n) of the list `cells` (of the group, where cells is null) into a tile, row i for the
@@ -176,8 +242,8 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
 // kept of the group's, in the cell's row.
 template <typename T, typename G>
 KERNEL softmax_backward(long long n, long long begin, const long long* cells, const Utterance* utterances, long long count,
-                        const Span* spans, const T* logits, long long kept, long long classes, const Compute<T>* bias,
-                        const void* targets, long long wide_targets, long long targets_by_utterance,
+                        const Span* spans, const T* logits, long long kept, long long classes, long long first_class,
+                        const Compute<T>* bias, const void* targets, long long wide_targets, long long targets_by_utterance,
                         long long targets_by_label, long long blank, long long distribution, const Compute<T>* normaliser,
                         const Compute<T>* blank_occupancy, const Compute<T>* label_occupancy, const Compute<T>* weights,
                         double constant_weight, G* gradient) {
@@ -195,9 +261,11 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
         const long long target =
             none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label);
         const T* const in = logits + (kept ? cell : i) * classes;
+        const auto not_tiny = [tiny](Real value) { return value < tiny && value > -tiny ? Real(0) : value; };
         const auto work = [&](auto row) {
-            gradient_of_row(row, Row<true, false, G>{gradient + i * classes, 1, nullptr}, classes, blank, target,
-                            (int)distribution, kept != 0, normaliser[cell], blank_share, label_share, tiny);
+            gradient_of_row(row, Row<true, false, G>{gradient + i * classes, 1, nullptr}, classes,
+                            in_shard(blank, first_class, classes), in_shard(target, first_class, classes),
+                            (int)distribution, kept != 0, normaliser[cell], blank_share, label_share, not_tiny);
         };
         if (bias && !kept)
             work(Row<true, true, const T>{in, 1, bias});
@@ -207,14 +275,15 @@ KERNEL softmax_backward(long long n, long long begin, const long long* cells, co
 }
 
 // Gradient of the caller's own logits, one block per row: of a (B, frames, columns, V) tensor, padding included, which gets
-// zeros; or of the packed (cells, V). May be written over the logits, row by row.
+// zeros; or of the packed (cells, V). May be written over the logits, row by row. Before the weights, values are brought
+// into [-clamp, clamp].
 template <typename T>
 KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long long count, const Span* spans, long long frames,
                        long long columns, const T* logits, long long packed, long long by_utterance, long long by_frame,
                        long long by_label, long long by_class, long long classes, const void* targets,
                        long long wide_targets, long long targets_by_utterance, long long targets_by_label, long long blank,
                        long long distribution, const Compute<T>* normaliser, const Compute<T>* blank_occupancy,
-                       const Compute<T>* label_occupancy, const Compute<T>* weights, T* gradient,
+                       const Compute<T>* label_occupancy, const Compute<T>* weights, double clamp, T* gradient,
                        long long out_by_utterance, long long out_by_frame, long long out_by_label, long long out_by_class) {
     typedef Compute<T> Real;
     BLOCKS(i, n) {
@@ -234,12 +303,14 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
         const Real z = none ? Real(0) : normaliser[cell];
         const T* in = logits + (packed ? i * by_label : of.index * by_utterance + at.frame * by_frame + column * by_label);
         T* out = gradient + (packed ? i * out_by_label : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
+        const Real limit = Real(clamp) * (weight < Real(0) ? -weight : weight);
+        const auto clamped = [limit](Real value) { return value > limit ? limit : value < -limit ? -limit : value; };
         if (by_class == 1 && out_by_class == 1)
             gradient_of_row(Row<true, false, const T>{in, 1, nullptr}, Row<true, false, T>{out, 1, nullptr}, classes, blank,
-                            target, (int)distribution, false, z, blank_share, label_share, Real(0));
+                            target, (int)distribution, false, z, blank_share, label_share, clamped);
         else
             gradient_of_row(Row<false, false, const T>{in, by_class, nullptr}, Row<false, false, T>{out, out_by_class, nullptr},
-                            classes, blank, target, (int)distribution, false, z, blank_share, label_share, Real(0));
+                            classes, blank, target, (int)distribution, false, z, blank_share, label_share, clamped);
     }
 }
 
@@ -247,6 +318,10 @@ EXPORT(softmax_forward, float16)
 EXPORT(softmax_forward, bfloat16)
 EXPORT(softmax_forward, float32)
 EXPORT(softmax_forward, float64)
+EXPORT(softmax_share, float32)
+EXPORT(softmax_share, float64)
+EXPORT(softmax_join, float32)
+EXPORT(softmax_join, float64)
 EXPORT(softmax_backward, float32, float32)
 EXPORT(softmax_backward, float32, float16)
 EXPORT(softmax_backward, float32, bfloat16)

@@ -174,18 +174,22 @@ def joint_case(
 
     @functools.cache
     def given() -> dict[str, Any]:
-        bound = {} if planned is None else {"workspace": _least_workspace(planned, arguments, case.plain())}
+        bound = {} if planned is None else {"workspace": _least_workspace(planned, arguments, case.plain(), of)}
         return {**(options or {}), **bound}
+
+    of = (options or {}).get("shard")
 
     case = Case(name, lambda: call(*arguments, **given()), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
     return case
 
 
-def _least_workspace(planned: Callable[[Plan], bool], arguments: tuple[Any, ...], processor: Plain) -> int:
+def _least_workspace(
+    planned: Callable[[Plan], bool], arguments: tuple[Any, ...], processor: Plain, of: tl.Shard | None
+) -> int:
     with running_on(processor):
         for workspace in range(4_000, 400_000, 500):
             with contextlib.suppress(ValueError):
-                if planned(plan(_joint(arguments, workspace=workspace))):
+                if planned(plan(_joint(arguments, workspace=workspace, shard=of))):
                     return workspace
     raise LookupError("no workspace has such a plan")
 
@@ -211,6 +215,18 @@ def later(*arguments: Any, weights: list[float]) -> Any:
     of = _joint(arguments)
     done = joint_loss.forward(of, later=True)
     return done.native, joint_loss.backward(of, done, logits_loss.weights_of(of, weights)).native
+
+
+def shard(classes: int) -> tl.Shard:
+    """The middle one of three, of which the others have these numbers for every cell."""
+
+    def all_reduce(array: Array, operation: str) -> None:
+        if operation == "sum":
+            array += 0.5
+        else:  # logits of blank and label, and sums
+            array[...] = np.maximum(array, np.array([0.3, -0.2, 1.5], array.dtype)[:, None])
+
+    return tl.Shard(all_reduce, [5, classes, 7], 1)
 
 
 def _joint(arguments: tuple[Any, ...], **options: Any) -> joint_loss.Problem:
@@ -410,6 +426,7 @@ def _cases() -> list[Case]:
         logits_case("logits-block-1024", block=1024, **tiniest),
         *(logits_case(f"logits-{dtype}-{layout}", dtype=dtype, layout=layout, label_dtype="int32")
           for dtype, layout in (("float16", "packed"), ("float64", "packed"), ("bfloat16", "strided"), ("float32", "strided"))),
+        logits_case("logits-clamp", options={"clamp": 0.02, **every}),
         inplace("logits-inplace"),
         inplace("logits-inplace-packed", layout="packed", dtype="float16"),
         *(logits_case(f"logits-{topology}", options={"topology": topology, "infeasible": "zero", **every}, dtype=dtype)
@@ -455,6 +472,10 @@ def _cases() -> list[Case]:
         joint_case("joint-wide", block=32, classes=5, features=3, options={"occupancy_floor": 1e-4}, **wide),
         joint_case("joint-many-rows", block=32, classes=5, features=3, frames=[40, 33], lengths=[1, 0]),
         joint_case("joint-later", call=later, options={"weights": [1.0, 0.0, -2.0, 0.5]}),
+        *(joint_case(f"joint-shard-{dtype}{'-hat' * hat}", options={"shard": shard(40), "blank": blank, "hat": hat}, dtype=dtype)
+          for dtype, blank, hat in (("float32", 2, False), ("float64", 40, False), ("bfloat16", 0, True), ("float32", 44, True))),
+        joint_case("joint-shard-made-again", options={"shard": shard(20), "blank": 2}, block=128,
+                   planned=lambda plan: not any(plan.retained), **thin),
         damaged_joint(),
         *(make(f"{name}-band-{topology}", call=call, options={"topology": topology}, frames=[5, 4], lengths=[4, 1])
           for name, make, call in (("joint", joint_case, band_of_joint), ("logits", logits_case, band_of_logits))

@@ -117,6 +117,10 @@ DEFECTS = [
         "        PARALLEL(u, of.labels + 1) {\n", RACE, "simple-far-apart-float32",
     ),
     Defect(
+        "join-one-too-far", "address", "softmax.cu", "own = log_sum[cell];", "own = log_sum[cell + 1];",
+        "heap-buffer-overflow|Not equal to tolerance", "joint-shard-float32",
+    ),
+    Defect(
         "gather-one-too-far", "address", "band.cu", "smaller((long long)end[b * padded_frames + t], labels)", "labels + 1",
         "heap-buffer-overflow|Not equal to tolerance", "gather-unordered",
     ),

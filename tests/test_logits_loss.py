@@ -31,6 +31,8 @@ VARIANTS: dict[str, Callable[[np.random.Generator, int], dict[str, Any]]] = {
     "plain": lambda rng, batch: {},
     "hat": lambda rng, batch: {"hat": True},
     "normalized": lambda rng, batch: {"normalized": True},
+    "clamp": lambda rng, batch: {"clamp": 0.05, "weights": rng.choice([0.0, -1.5, 1.0, 3.0], batch), "fastemit_lambda": 0.5},
+    "clamp normalized": lambda rng, batch: {"clamp": 0.05, "normalized": True},
     "fastemit": lambda rng, batch: {"fastemit_lambda": float(rng.choice([0.01, 0.5, 3.0]))},
     "delay": lambda rng, batch: {"delay_penalty": float(rng.choice([0.3, -0.7, 2.0]))},
     "weights": lambda rng, batch: {"weights": rng.choice([0.0, -1.5, 0.25, 3.0], batch), "fastemit_lambda": 0.1},

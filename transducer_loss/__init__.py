@@ -14,6 +14,7 @@ from transducer_loss.paths import Alignment, Occupancy, align, occupancy
 from transducer_loss.planner import Plan, plan
 from transducer_loss.pruning import gather_predictor, gather_predictor_backward, prune
 from transducer_loss.sampling import sample_classes
+from transducer_loss.shard import Shard
 from transducer_loss.simple_loss import SimpleGrads, simple_rnnt_loss
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "Occupancy",
     "Plan",
     "Rows",
+    "Shard",
     "SimpleGrads",
     "Strategy",
     "align",

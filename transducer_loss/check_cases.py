@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "delay penalty": {"delay_penalty": 0.0625},
     "hat": {"hat": True},
     "normalized": {"normalized": True},
+    "clamp": {"clamp": 0.0625},
     "band": {},
     "classes": {},
     "band and classes": {},
@@ -30,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 VARIANTS_OF = {
-    "rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "normalized", "band"),
+    "rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "normalized", "clamp", "band"),
     "joint_rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "band", "classes", "band and classes"),
     "simple_rnnt_loss": ("plain", "fastemit", "delay penalty", "smoothed"),
 }

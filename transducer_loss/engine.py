@@ -134,25 +134,33 @@ class Engine:
 
     def arcs(self, group: Group, keep: bool) -> tuple[softmax.Arcs, Any]:
         """Pass one: arcs of a group's cells, and with `keep` the exponentials of their logits."""
-        arcs = softmax.empty_arcs(self.processor, group.cells, self.of.dtype)
+        shard, log_sum = self.of.shard, None
+        if shard is None:
+            arcs = softmax.empty_arcs(self.processor, group.cells, self.of.dtype)
+        else:
+            arcs, log_sum, exchanged = softmax.sharded_arcs(self.processor, group.cells, self.of.dtype)
         logits = self.retained[: group.cells] if keep else None
         self.processor.run([
-            functools.partial(self._arcs_of_tile, group, arcs, logits, begin, end)
+            functools.partial(self._arcs_of_tile, group, arcs, log_sum, logits, begin, end)
             for begin, end in _spans(0, group.cells, self.plan.tile)
         ])
+        if shard is not None:
+            softmax.join(self.processor, shard, self.options, keep, arcs, log_sum, exchanged)
         return arcs, logits
 
     def _logits(self, group: Group, kept: Any, begin: int, hidden: Any, logits: Any, loss: Any = None) -> None:
         joint.forward(self.processor, group, self.of.joint, kept, begin, hidden, loss)
         self.processor.gemm(hidden, self.weight.T, logits)
 
-    def _arcs_of_tile(self, group: Group, arcs: softmax.Arcs, retained: Any, begin: int, end: int) -> None:
+    def _arcs_of_tile(
+        self, group: Group, arcs: softmax.Arcs, log_sum: Any, retained: Any, begin: int, end: int
+    ) -> None:
         with self.tiles.one() as tile:
             logits = tile.logits[: end - begin] if retained is None else retained[begin:end]
             self._logits(group, None, begin, tile.hidden[: end - begin], logits)
             softmax.forward(
                 self.processor, group, logits, self.targets, self.options, arcs, begin, end - begin,
-                keep=retained is not None, alone=True, bias=self.bias,
+                keep=retained is not None, alone=True, bias=self.bias, shard=self.of.shard, log_sum=log_sum,
             )  # fmt: skip
 
     def occupancy(self, group: Group, arcs: softmax.Arcs, loss: Any, reported: Any, gradient: bool) -> tuple[Any, Any] | None:
@@ -275,7 +283,7 @@ class Engine:
                     logits = saved.logits
                 softmax.backward(
                     processor, group, kept.cells, low, logits, saved.logits is not None, self.bias,
-                    self.targets, self.options, saved.normaliser, saved.occupancy, weights, weight, gradient,
+                    self.targets, self.options, saved.normaliser, saved.occupancy, weights, weight, gradient, of.shard,
                 )  # fmt: skip
                 if strip.used and tile.product is None and processor.host:  # cuBLAS adds by itself
                     tile.product = processor.empty((self.classes, self.features), of.dtype)
@@ -316,9 +324,12 @@ class Engine:
             strip.used = False
 
     def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
-        """Add the strips' sums, and undo the scale."""
+        """Add the strips' sums, and what other shards have to say of the hidden features; undo the scale."""
         if not self.of.one_by_one:
             self._add_up(strips, gradients, 0)
+        if self.of.shard is not None:
+            for array in (gradients.encoder, gradients.predictor):
+                self.of.shard.all_reduce(array, "sum")
         if self.of.operand == "float16":
             for array in (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias):
                 if array is not None:

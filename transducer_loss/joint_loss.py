@@ -27,6 +27,7 @@ from transducer_loss.engine import Gradients, Saved, running
 from transducer_loss.joint import ACTIVATIONS, Joint
 from transducer_loss.logits_loss import raise_infeasible, weights_of
 from transducer_loss.processors import Allocate, processor_for
+from transducer_loss.shard import Shard, expect_shard
 from transducer_loss.tiling import Problem
 
 
@@ -86,20 +87,25 @@ def workspace_bytes(workspace: int | str | None, default: int, name: str = "work
 def problem(
     encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
     *, activation: str = "tanh", band: Band | None = None, classes: Classes | None = None, sparse: bool = False,
-    dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None, occupancy_floor: float = 1e-6,
-    validate: bool = False, threads: int | None = None, allocate: Allocate | None = None, **options: Any,
+    shard: Shard | None = None, dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
+    occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of the joint-fused losses."""
     encoder = float_array(encoder, "encoder", "B T H")
     predictor = float_array(predictor, "predictor", "B U+1 H", encoder, "encoder")
     weight = float_array(weight, "weight", "V H", encoder, "encoder")
     batch, most_frames, features = encoder.shape
-    vocabulary = weight.shape[0]
+    vocabulary = rows = weight.shape[0]
     expect_shape(predictor, "predictor", "(B, U+1, H)", (batch, predictor.shape[1], features))
-    expect_shape(weight, "weight", "(V, H)", (vocabulary, features))
+    if shard is not None:
+        expect_shard(shard)
+        if classes is not None:
+            raise ValueError("shard: expected None with classes, which are rows of the whole output layer, got a Shard")
+        vocabulary, rows = shard.vocab_size, shard.classes
+    expect_shape(weight, "weight", "(V, H)" if shard is None else "(V of the shard, H)", (rows, features))
     if bias is not None:
         bias = float_array(bias, "bias", "V", encoder, "encoder")
-        expect_shape(bias, "bias", "(V,)", (vocabulary,))
+        expect_shape(bias, "bias", "(V,)" if shard is None else "(V of the shard,)", (rows,))
     if options.pop("normalized", False):
         raise ValueError("normalized: expected False, as the joint makes logits, got True")
     checked = Options.checked(vocabulary, normalized=False, **options)
@@ -132,7 +138,7 @@ def problem(
             None if classes is None else classes_for(
                 classes, processor, vocabulary, checked.blank, integers(targets, "targets"), labels, validate
             ),
-            bool(sparse),
+            bool(sparse), shard,
         )  # fmt: skip
 
 
@@ -232,6 +238,7 @@ def joint_rnnt_loss(
     workspace: int | str | None = None,
     occupancy_floor: float = 1e-6,
     sparse: bool = False,
+    shard: Shard | None = None,
     validate: bool = False,
 ) -> tuple[Any, Grads | None]:
     """Transducer loss of ``logits(t, u) = weight @ activation(encoder_t + predictor_u) + bias``, in bounded memory.
@@ -278,6 +285,10 @@ def joint_rnnt_loss(
     sparse : bool
         With `classes`, give the gradients of weight and bias as `Rows`, without their (V, H) and (V,) arrays: K rows, or
         with classes per utterance B K, of which those of common classes come several times.
+    shard : Shard, optional
+        Where the rows of the output layer lie in several processes: what of them `weight`, `bias` and their gradients are.
+        Labels and blank are classes of the whole vocabulary. Beside two exchanges of 12 and 4 bytes a cell, the gradients of
+        encoder and predictor are summed over the processes.
 
     Returns
     -------
@@ -309,7 +320,7 @@ def joint_rnnt_loss(
     """
     of = problem(
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, band=band,
-        classes=classes, sparse=sparse, dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor,
+        classes=classes, sparse=sparse, shard=shard, dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor,
         validate=validate, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
         hat=hat, infeasible=infeasible,
     )  # fmt: skip

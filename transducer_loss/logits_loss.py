@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transducer_loss import lattice, softmax
 from transducer_loss.arrays import COMPUTE
 from transducer_loss.band import Band, band_for
 from transducer_loss.cells import Cells, Group
-from transducer_loss.checks import Options, Targets, expect_shape, float_array, lengths, targets_for, weights_for
+from transducer_loss.checks import Options, Targets, expect_shape, finite, float_array, lengths, targets_for, weights_for
 from transducer_loss.processors import Allocate, processor_for
 
 
@@ -25,6 +26,8 @@ class Problem:
     group: Group
     targets: Targets
     options: Options
+    clamp: float
+    """Bound of the gradient before the upstream weights, which may be infinite."""
 
     @property
     def dtype(self) -> str:
@@ -42,14 +45,16 @@ class Saved:
 
 
 def problem(
-    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, /, *, band: Band | None = None, validate: bool = False,
-    threads: int | None = None, allocate: Allocate | None = None, **options: Any,
+    logits: Any, targets: Any, logit_lengths: Any, target_lengths: Any, /, *, band: Band | None = None, clamp: float = 0.0,
+    validate: bool = False, threads: int | None = None, allocate: Allocate | None = None, **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of `rnnt_loss`."""
     packed = getattr(logits, "ndim", 0) == 2
     columns = "U+1" if band is None else "S"
     array = float_array(logits, "logits", "cells V" if packed else f"B T {columns} V")
     checked = Options.checked(array.shape[-1], **options)
+    if finite(clamp, "clamp") < 0:
+        raise ValueError(f"clamp: expected a bound of the gradient, or 0 for none, got {clamp}")
     if packed:
         if not hasattr(logit_lengths, "__len__") or getattr(logit_lengths, "ndim", 1) == 0:
             raise ValueError(f"logit_lengths: expected shape (B,), got {logit_lengths}")
@@ -72,7 +77,7 @@ def problem(
         elif band is not None:
             expect_shape(array, "logits", "(B, T, S, V)", (batch, high_frames, band.width, array.shape[3]))
         checked_targets = targets_for(targets, processor, labels, array.shape[-1], checked, validate)
-        return Problem(processor, array, cells, cells.group(processor), checked_targets, checked)
+        return Problem(processor, array, cells, cells.group(processor), checked_targets, checked, float(clamp) or math.inf)
 
 
 def forward(of: Problem, effective: bool = True, keep: bool = True) -> tuple[Any, Any, Saved | None]:
@@ -97,7 +102,7 @@ def backward(of: Problem, saved: Saved, weights: Any, inplace: bool) -> Any:
         native, gradient = (of.logits, of.logits) if inplace else processor.output(of.logits.shape, of.logits.dtype.name)
         softmax.backward_logits(
             processor, of.group, of.logits, of.targets, of.options, saved.normaliser,
-            (saved.blank_occupancy, saved.label_occupancy), weights, gradient,
+            (saved.blank_occupancy, saved.label_occupancy), weights, of.clamp, gradient,
         )  # fmt: skip
         return native
 
@@ -130,6 +135,7 @@ def rnnt_loss(
     delay_penalty: float = 0.0,
     hat: bool = False,
     infeasible: str = "inf",
+    clamp: float = 0.0,
     weights: Any = None,
     gradient: bool = True,
     inplace: bool = False,
@@ -166,6 +172,8 @@ def rnnt_loss(
         Hybrid autoregressive transducer (arXiv 2003.07705): the blank is a sigmoid, the labels a softmax without it.
     infeasible : {"inf", "zero", "raise"}
         Loss of an utterance without any path; its gradient is 0. ``"raise"`` synchronises.
+    clamp : float
+        Bring every element of the gradient into [-clamp, clamp], before it is multiplied by `weights`; 0 for no bound.
     weights : (B,) array or list of float, optional
         Any sign; all 1 by default.
     gradient : bool
@@ -208,6 +216,7 @@ def rnnt_loss(
     of = problem(
         logits, targets, logit_lengths, target_lengths, band=band, validate=validate, blank=blank, topology=topology,
         normalized=normalized, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+        clamp=clamp,
     )  # fmt: skip
     check_inplace(of, gradient and inplace)
     utterance_weights = weights_of(of, weights)

@@ -12,6 +12,7 @@ from transducer_loss.cells import Cells
 from transducer_loss.checks import Options, Targets
 from transducer_loss.classes import Classes
 from transducer_loss.joint import Joint
+from transducer_loss.shard import Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Sizes:
     one_by_one: bool = False
     sparse: bool = False
     copied: int = 0
+    sharded: bool = False
 
     @property
     def dtype(self) -> str:
@@ -57,7 +59,8 @@ class Sizes:
     @property
     def per_cell(self) -> int:
         """Bytes of a group's cell: arcs and occupancies, and the lattice's values, whose memory also lists the kept cells."""
-        return 5 * self.size + 2 * lattice.scaled_bytes(self.dtype)
+        # Shards have six numbers to make arcs of, before there are occupancies.
+        return (6 if self.sharded else 5) * self.size + 2 * lattice.scaled_bytes(self.dtype)
 
     @property
     def layer(self) -> int:
@@ -105,6 +108,8 @@ class Problem:
     classes: Classes | None = None
     sparse: bool = False
     """Whether gradients of the output layer are of the sampled rows alone."""
+    shard: Shard | None = None
+    """What of the vocabulary `weight` is, where that is not all of it."""
 
     @property
     def dtype(self) -> str:
@@ -128,10 +133,12 @@ class Problem:
 
     @property
     def sizes(self) -> Sizes:
-        """What its cuts depend on."""
+        """What its cuts depend on: those of shards, which meet after every group, on the largest one."""
+        classes = self.projected if self.shard is None else max(self.shard.sizes)
         return Sizes(
-            self.processor, self.joint.encoder.dtype.name, self.cells, self.projected, self.joint.features, self.workspace,
+            self.processor, self.joint.encoder.dtype.name, self.cells, classes, self.joint.features, self.workspace,
             self.cells.first is not None, self.classes is not None, self.one_by_one, self.sparse, self.copied,
+            self.shard is not None,
         )  # fmt: skip
 
 

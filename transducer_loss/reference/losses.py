@@ -24,7 +24,7 @@ def rnnt_loss(logits: ArrayLike, targets: ArrayLike, logit_lengths: ArrayLike, t
               blank: int = 0, topology: str = "regular", normalized: bool = False,
               first: ArrayLike | None = None, end: ArrayLike | None = None, fastemit_lambda: float = 0.0,
               delay_penalty: float = 0.0, hat: bool = False, infeasible: str = "inf",
-              weights: ArrayLike | None = None) -> tuple[F8, F8]:
+              clamp: float = 0.0, weights: ArrayLike | None = None) -> tuple[F8, F8]:
     """Transducer loss of a batch, and its gradient by the logits.
 
     Parameters
@@ -53,6 +53,8 @@ def rnnt_loss(logits: ArrayLike, targets: ArrayLike, logit_lengths: ArrayLike, t
         Blank is a sigmoid of its own; labels are a softmax without blank, times 1 - sigmoid.
     infeasible : {"inf", "zero", "raise"}
         The loss of an utterance without a path. Its gradient is zero.
+    clamp : float
+        Bound of the gradient's absolute values before they are weighted; 0 for none.
     weights : array_like, float, shape (B,), optional
         w_b, of either sign; ones by default.
 
@@ -96,6 +98,7 @@ def rnnt_loss(logits: ArrayLike, targets: ArrayLike, logit_lengths: ArrayLike, t
         g[blank] -= gb[b, t, s]
         if ge[b, t, s] != 0.0:
             g[np.asarray(targets)[b, s if first is None else s + np.asarray(first)[b, t]]] -= ge[b, t, s]
+        g[:] = np.clip(g, -clamp, clamp) if clamp else g
         g *= 1.0 if weights is None else np.asarray(weights)[b]
     return loss, grad
 
