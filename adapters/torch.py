@@ -1,4 +1,15 @@
-"""PyTorch: the losses as functions and modules with autograd, on every device, dtype and stream."""
+"""PyTorch: the losses as functions and modules with autograd, on every device, dtype and stream.
+
+Under ``torch.compile`` each of them is an operator of the graph: no break, and no new compilation for other lengths or labels.
+Lengths in tensors, on the host or a device, take one graph; lists of int take two, the first of which serves one step alone.
+`Band` and `Classes` may be made inside or outside; those made inside have tensors for attributes. Saved arrays are as large as
+padded lattices there. These break a graph, and with ``fullgraph=True`` raise: ``inplace=True``, ``sparse=True``,
+``process_group=``, `samplewise_rnnt_loss`, and `gather_predictor` of a band made in the same region.
+
+A CUDA graph can be captured of a loss with ``occupancy_floor=0`` and lengths on the host, which are then those of every replay;
+labels on the device are read at each, a dropout's seed is the captured one. Call the step a few times before, on the stream of
+the capture, so that kernels are compiled.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
-from transducer_loss.adapters.torch_autograd import (
-    REDUCTIONS,
-    LogitsLoss,
-    expect_tensor,
-    followed,
-    plain,
-    reduced,
-)
+from transducer_loss.adapters.torch_autograd import REDUCTIONS, logits_losses, reduced
+from transducer_loss.adapters.torch_band import gather_predictor, prune
 from transducer_loss.adapters.torch_joint import JointRNNTLoss, joint_rnnt_loss
-from transducer_loss.adapters.torch_pruned import (
-    PrunedLosses,
-    PrunedRNNTLoss,
-    gather_predictor,
-    prune,
-    simple_rnnt_loss,
-)
+from transducer_loss.adapters.torch_pruned import PrunedLosses, PrunedRNNTLoss, simple_rnnt_loss
 from transducer_loss.adapters.torch_sampled import labels_in, sample_classes
+from transducer_loss.adapters.torch_samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
 from transducer_loss.classes import Classes
@@ -63,6 +62,7 @@ def rnnt_loss(
     delay_penalty: float = 0.0,
     hat: bool = False,
     infeasible: str = "inf",
+    clamp: float = 0.0,
     inplace: bool = False,
     validate: bool = False,
 ) -> Tensor:
@@ -80,8 +80,9 @@ def rnnt_loss(
     band : Band, optional
         As `prune` returns it: `logits` are of its cells.
     inplace : bool
-        Write the gradient over the logits in backward, which saves their memory once more; a second backward then raises.
-    blank, topology, normalized, fastemit_lambda, delay_penalty, hat, infeasible, validate
+        Write the gradient over the logits in backward, which saves their memory once more; a second backward then raises. Not
+        in a graph of `torch.compile`.
+    blank, topology, normalized, fastemit_lambda, delay_penalty, hat, infeasible, clamp, validate
         As of `transducer_loss.rnnt_loss`.
 
     Returns
@@ -98,13 +99,11 @@ def rnnt_loss(
     >>> loss.backward()
     """
     choice(reduction, REDUCTIONS, "reduction")
-    options = {
-        "blank": blank, "topology": topology, "normalized": normalized, "band": band, "fastemit_lambda": fastemit_lambda,
-        "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible, "validate": validate,
-    }  # fmt: skip
-    expect_tensor(logits, "logits")
-    arguments = (plain(targets), plain(logit_lengths), plain(target_lengths))
-    loss = LogitsLoss.apply(*followed(logits), inplace, arguments, options)
+    loss = logits_losses(
+        logits, targets, logit_lengths, target_lengths, blank=blank, topology=topology, normalized=normalized, band=band,
+        fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible, clamp=clamp,
+        inplace=inplace, validate=validate,
+    )  # fmt: skip
     return reduced(loss, reduction)
 
 

@@ -1,66 +1,58 @@
-"""What the functions for PyTorch share: the core called with tensors, and rules of autograd."""
+"""What the functions for PyTorch share: rules of autograd, and the loss of logits."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from transducer_loss import logits_loss
+from transducer_loss.adapters.torch_operators import (
+    OPTIONS,
+    as_tensor,
+    band_of,
+    band_tensors,
+    caller,
+    compiling,
+    compute_dtype,
+    core_arguments,
+    expect_tensor,
+    lengths_like,
+    lengths_of,
+    operator,
+    padded_to,
+    plain,
+    tensor_of,
+    uncompiled,
+)
 from transducer_loss.arrays import as_array
+
+__all__ = [
+    "REDUCTIONS",
+    "Gradients",
+    "LogitsLoss",
+    "caller",
+    "core_arguments",
+    "expect_tensor",
+    "logits_losses",
+    "once_differentiable",
+    "plain",
+    "reduced",
+    "tensor_of",
+    "wants_gradient",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def core_arguments(tensor: Tensor) -> dict[str, Any]:
-    """Arguments that the core takes from the framework: its allocator and its number of threads."""
-    device = tensor.device
-    return {
-        "allocate": lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-@contextlib.contextmanager
-def caller(tensor: Tensor) -> Iterator[None]:
-    """CuPy's device and stream are per thread, and autograd's backward runs in another one: set them from the tensor."""
-    if tensor.device.type != "cuda":
-        yield
-        return
-    import cupy
-
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream):
-        yield
-
-
-def tensor_of(array: Any) -> Tensor:
-    """A tensor over the memory of one of the core's arrays."""
-    tensor: Tensor = torch.utils.dlpack.from_dlpack(array)
-    return tensor
-
-
-def plain(value: Any) -> Any:
-    """A tensor without its history; anything else as it is."""
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def expect_tensor(value: Any, name: str) -> None:
-    """Raise unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def followed(*tensors: Any) -> tuple[Any, ...]:
-    """What autograd is to follow: nothing under no_grad, where `Function.apply` by itself would have gradients made."""
-    return tensors if torch.is_grad_enabled() else tuple(map(plain, tensors))
+def wants_gradient(*tensors: Any) -> bool:
+    """Whether autograd is to follow any of them: under no_grad, ``needs_input_grad`` would say so, too."""
+    return torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 def reduced(loss: Tensor, reduction: str) -> Tensor:
@@ -78,51 +70,124 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("transducer losses cannot be differentiated twice: their gradient has no gradient")
 
 
-def once_differentiable(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
+def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A backward whose gradients raise when they are differentiated.
 
     torch's decorator of that name passes them on as constants where the upstream gradient is one: a penalty on the gradient
-    would do nothing, without a word.
+    would do nothing, without a word. In a compiled region it is torch that raises. Inputs past the gradients have none.
     """
 
     @functools.wraps(backward)
-    def checked(ctx: Any, upstream: Tensor) -> Gradients:
-        with torch.no_grad():
-            gradients = backward(ctx, upstream.detach())
-        if not torch.is_grad_enabled():
-            return gradients
-        return tuple(None if each is None else _Once.apply(each.detach().requires_grad_()) for each in gradients)
+    def checked(ctx: Any, upstream: Tensor | None, *others: Any) -> Gradients:
+        inputs = len(ctx.needs_input_grad)
+        if upstream is None:
+            return (None,) * inputs
+        if compiling():
+            gradients = backward(ctx, upstream)
+        else:
+            with torch.no_grad():
+                gradients = backward(ctx, upstream.detach())
+            if torch.is_grad_enabled():
+                gradients = tuple(None if each is None else _Once.apply(each.detach().requires_grad_()) for each in gradients)
+        return (*gradients, *((None,) * (inputs - len(gradients))))
 
     return checked
 
 
+_INPUTS = "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, Tensor[] band"
+_OPTIONS = f"bool normalized, bool hat, {OPTIONS}, float clamp=0.0"
+
+
+def _loss_shapes(
+    logits: Tensor, targets: Tensor, frames: Tensor, labels: Tensor, band: Any, keep: bool, **options: Any
+) -> list[Tensor]:
+    real = compute_dtype(logits)
+    loss = logits.new_empty((frames.shape[0],), dtype=real)
+    if not keep:
+        return [loss]
+    return [loss, lengths_like(frames), *(logits.new_empty((_most_cells(logits),), dtype=real) for _ in range(3))]
+
+
+def _most_cells(logits: Tensor) -> int:
+    return logits.shape[0] if logits.ndim == 2 else logits.shape[0] * logits.shape[1] * logits.shape[2]
+
+
+@operator(f"rnnt_loss({_INPUTS}, bool keep, *, {_OPTIONS}) -> Tensor[]", _loss_shapes, padded=True)
+def _loss(
+    logits: Tensor, targets: Tensor, frames: Tensor, labels: Tensor, band: list[Tensor], keep: bool, *,
+    padded: bool = False, inplace: bool = False, **options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Losses (B,); with `keep` also the lengths on the host, and what is saved of each cell."""
+    with caller(logits):
+        of = logits_loss.problem(logits, targets, frames, labels, band=band_of(band), **options, **core_arguments(logits))
+        logits_loss.check_inplace(of, inplace)
+        loss, _, saved = logits_loss.forward(of, keep=keep)
+        if saved is None:
+            return [loss]
+        cells = [tensor_of(array) for array in (saved.normaliser, saved.blank_occupancy, saved.label_occupancy)]
+    return [loss, lengths_of(of), *(padded_to(cells, _most_cells(logits)) if padded else cells)]
+
+
+@operator(
+    f"rnnt_loss_backward(Tensor upstream, Tensor[] saved, {_INPUTS}, *, {_OPTIONS}) -> Tensor",
+    lambda upstream, saved, logits, *arguments, **options: logits.new_empty(logits.shape),
+)
+def _loss_backward(
+    upstream: Tensor, saved: list[Tensor], logits: Tensor, targets: Tensor, frames: Tensor, labels: Tensor,
+    band: list[Tensor], *, inplace: bool = False, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Gradient by the logits, with the true upstream weights."""
+    with caller(logits):
+        options = {**options, "validate": False}
+        of = logits_loss.problem(logits, targets, frames, labels, band=band_of(band), **options, **core_arguments(logits))
+        kept = logits_loss.Saved(*(as_array(tensor, "saved") for tensor in saved))
+        gradient = logits_loss.backward(of, kept, logits_loss.weights_of(of, upstream), inplace)
+    return logits if inplace else gradient
+
+
 class LogitsLoss(torch.autograd.Function):
-    """Losses (B,) of logits; `arguments` and `options` as of `transducer_loss.logits_loss.problem`."""
+    """Losses (B,) of logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inplace: bool, arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, keep: bool, inplace: bool, options: dict[str, Any], *arguments: Any) -> Tensor:
         """Keep what the gradient needs where it is needed."""
-        with caller(logits):
-            of = logits_loss.problem(logits.detach(), *arguments, **options, **core_arguments(logits))
-            needed = ctx.needs_input_grad[0]
-            logits_loss.check_inplace(of, needed and inplace)
-            loss, _, saved = logits_loss.forward(of, keep=needed)
-        # The core reads these again. Saved in this way, autograd notices when they were changed in between, and gives them up
-        # with the graph, where an attribute would live as long as the loss.
-        ctx.save_for_backward(logits, *(tensor for tensor in arguments[:1] if isinstance(tensor, Tensor)))
-        ctx.of, ctx.saved, ctx.inplace = dataclasses.replace(of, logits=None), saved, inplace
+        targets, frames, labels, *band = arguments
+        loss, *saved = _loss(logits.detach(), targets, frames, labels, band, keep, **_only(inplace and keep), **options)
+        # Saved in this way, autograd notices when they were changed in between, and gives them up with the graph, where an
+        # attribute would live as long as the loss.
+        ctx.save_for_backward(logits, targets, *band, *saved)
+        ctx.options, ctx.inplace, ctx.rows = options, inplace, len(band)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
         """With the true upstream weights."""
-        logits = ctx.saved_tensors[0]
-        with caller(logits):
-            of = dataclasses.replace(ctx.of, logits=as_array(logits.detach(), "logits"))
-            weights = logits_loss.weights_of(of, upstream)
-            gradient = logits_loss.backward(of, ctx.saved, weights, ctx.inplace)
+        logits, targets, *others = ctx.saved_tensors
+        band, (lengths, *saved) = others[: ctx.rows], others[ctx.rows :]
+        arguments = (upstream, saved, logits.detach(), targets, lengths[0], lengths[1], band)
+        gradient = _loss_backward(*arguments, **_only(ctx.inplace), **ctx.options)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # a second backward raises, as the logits are gone
-            gradient = logits.detach()
-        return gradient, None, None, None
+        return (gradient,)
+
+
+def _only(inplace: bool) -> dict[str, bool]:
+    """The keyword that no operator has."""
+    return {"inplace": True} if inplace else {}
+
+
+_inplace = uncompiled(LogitsLoss.apply, "inplace=True writes over the logits, which torch.compile cannot follow: leave it out")
+
+
+def logits_losses(
+    logits: Tensor, targets: Any, frames: Any, labels: Any, *, band: Any = None, inplace: bool = False, **options: Any
+) -> Tensor:
+    """Losses (B,) of logits, with autograd; `options` as of `transducer_loss.logits_loss.problem`."""
+    expect_tensor(logits, "logits")
+    keep = wants_gradient(logits)
+    integers = (
+        as_tensor(targets, "targets"), as_tensor(frames, "logit_lengths"), as_tensor(labels, "target_lengths"),
+    )  # fmt: skip
+    apply = _inplace if inplace else LogitsLoss.apply
+    return apply(logits, keep, inplace, options, *integers, *band_tensors(band))  # type: ignore[no-any-return]

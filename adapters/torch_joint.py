@@ -7,73 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss import joint_loss, logits_loss
-from transducer_loss.adapters.torch_autograd import (
-    REDUCTIONS,
-    Gradients,
-    caller,
-    core_arguments,
+from transducer_loss.adapters.torch_autograd import REDUCTIONS, wants_gradient
+from transducer_loss.adapters.torch_joint_autograd import How, JointLoss
+from transducer_loss.adapters.torch_operators import (
+    as_tensor,
+    band_tensors,
+    class_tensors,
+    compiling,
     expect_tensor,
-    followed,
-    once_differentiable,
-    plain,
-    reduced,
-    tensor_of,
+    seed_tensor,
+    uncompiled,
 )
+from transducer_loss.adapters.torch_parallel import shard_of
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
 from transducer_loss.classes import Classes
 
-
-class _JointLoss(torch.autograd.Function):
-    """Scalar reductions make the gradients with the loss; ``"none"`` waits for the true upstream weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, reduction: str,
-        arguments: tuple[Any, ...], options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
-        inputs = (encoder, predictor, weight, bias)
-        with caller(encoder):
-            of = joint_loss.problem(*_one_dtype(*map(plain, inputs)), *arguments, **options, **core_arguments(encoder))
-            needed, later = any(ctx.needs_input_grad), reduction == "none"
-            share = 1.0 / len(of.cells.frames) if reduction == "mean" else 1.0
-            done = joint_loss.forward(of, weight=share, gradient=needed, later=later)
-        ctx.later, ctx.dtypes = later, [None if each is None else each.dtype for each in inputs]
-        ctx.classes = of.classes if of.sparse else None
-        # Saved in this way, gradients are given up with the graph, and autograd notices when inputs were changed in between.
-        if later:
-            ctx.of, ctx.done = of, done
-            ctx.save_for_backward(*inputs, *(tensor for tensor in arguments[:1] if isinstance(tensor, Tensor)))
-        elif done.gradients is not None:
-            ctx.save_for_backward(*done.gradients.native)
-        return reduced(done.native, reduction)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Gradients:
-        natives = ctx.saved_tensors
-        if ctx.later:
-            with caller(natives[0]):
-                weights = logits_loss.weights_of(ctx.of, upstream)
-                natives, upstream = joint_loss.backward(ctx.of, ctx.done, weights).native, torch.ones_like(upstream[0])
-        gradients = [
-            (native * upstream).to(dtype) if native is not None and needed else None
-            for native, dtype, needed in zip(natives, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        ]
-        if ctx.classes is not None:
-            with caller(natives[0]):
-                gradients[2:] = [None if values is None else _sparse(ctx.classes, values) for values in gradients[2:]]
-        return (*gradients, None, None, None)
-
-
-def _sparse(classes: Classes, values: Tensor) -> Tensor:
-    """Gradient of the output layer that is 0 but for the rows of the classes."""
-    ids = tensor_of(classes.ids).to(torch.int64)
-    each = values.shape[ids.ndim :]
-    return torch.sparse_coo_tensor(
-        ids.reshape(1, -1), values.reshape(-1, *each), (classes.vocab_size, *each), check_invariants=False
-    )  # fmt: skip
+_parallel_loss = uncompiled(JointLoss.apply, "process_group= exchanges arrays in the middle of the loss: leave it out")
+_sparse_loss = uncompiled(JointLoss.apply, "sparse=True makes sparse gradients, which torch.compile cannot: leave it out")
 
 
 def joint_rnnt_loss(
@@ -100,6 +51,7 @@ def joint_rnnt_loss(
     workspace: int | str | None = None,
     occupancy_floor: float = 1e-6,
     sparse: bool = False,
+    process_group: Any = None,
     validate: bool = False,
 ) -> Tensor:
     """Transducer loss fused with the joint network, with autograd, in bounded memory.
@@ -123,7 +75,13 @@ def joint_rnnt_loss(
         As `sample_classes` returns them: only their rows of weight and bias are read.
     sparse : bool
         With `classes`, make the gradients of weight and bias sparse tensors, as ``torch.nn.Embedding(sparse=True)`` does: K
-        rows, or B K with classes per utterance. ``SGD``, ``Adagrad`` and ``SparseAdam`` take them, without weight decay.
+        rows, or B K with classes per utterance. ``SGD``, ``Adagrad`` and ``SparseAdam`` take them, without weight decay. Not in
+        a graph of `torch.compile`.
+    process_group : torch.distributed.ProcessGroup or transducer_loss.Shard, optional
+        Vocabulary-parallel: `weight` and `bias` are the rows of this process, in the order of the group's ranks, and so are
+        their gradients. Everything else is to be the same in every process; loss and gradients of encoder and predictor
+        are. The processes tell each other their numbers of rows in every call, unless a `Shard` knows them, and take the seed
+        of the first.
     activation, dropout, workspace, occupancy_floor and the others
         As of `transducer_loss.joint_rnnt_loss`.
 
@@ -144,33 +102,30 @@ def joint_rnnt_loss(
     >>> loss.backward()
     """
     choice(reduction, REDUCTIONS, "reduction")
-    if dropout and seed is None:
-        seed = int(torch.randint(1 << 62, ()).item())
+    tensors = {"encoder": encoder, "predictor": predictor, "weight": weight, **({} if bias is None else {"bias": bias})}
+    for name, tensor in tensors.items():
+        expect_tensor(tensor, name)
+    if compiling() and workspace is not None:
+        workspace = str(workspace)
+    drawn, parallel = seed_tensor(seed if dropout else seed or 0), {}
+    if process_group is not None:
+        parallel["shard"], drawn = shard_of(process_group, weight.shape[0], drawn, encoder.device)
     options = {
-        "activation": activation, "blank": blank, "topology": topology, "band": band, "classes": classes,
-        "dropout": dropout, "seed": seed or 0, "sparse": sparse,
+        "activation": activation, "blank": blank, "topology": topology, "dropout": dropout, "sparse": sparse,
         "fastemit_lambda": fastemit_lambda, "delay_penalty": delay_penalty, "hat": hat, "infeasible": infeasible,
-        "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate,
+        "workspace": workspace, "occupancy_floor": occupancy_floor, "validate": validate, **parallel,
     }  # fmt: skip
-    for value, name in ((encoder, "encoder"), (predictor, "predictor"), (weight, "weight"), (bias, "bias")):
-        if name != "bias" or value is not None:
-            expect_tensor(value, name)
-    inputs = followed(encoder, predictor, weight, bias)
-    arguments = (plain(targets), plain(encoder_lengths), plain(target_lengths))
-    loss: Tensor = _JointLoss.apply(*inputs, reduction, arguments, options)
+    integers = (
+        as_tensor(targets, "targets"), as_tensor(encoder_lengths, "encoder_lengths"),
+        as_tensor(target_lengths, "target_lengths"),
+    )  # fmt: skip
+    rows, (sampled, described) = band_tensors(band), class_tensors(classes)
+    apply = _parallel_loss if parallel else _sparse_loss if sparse else JointLoss.apply
+    later = "later" if reduction == "none" else reduction
+    gradient = later if wants_gradient(encoder, predictor, weight, bias) else "none"
+    how = How(reduction, gradient, len(rows), described, options)
+    loss: Tensor = apply(encoder, predictor, weight, bias, how, *integers, drawn, *rows, *sampled)
     return loss
-
-
-def _one_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, as a Linear would: parameters are float32 there, and so are their gradients, and activations half."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    kind = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(kind) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
 
 
 class JointRNNTLoss(torch.nn.Module):
@@ -185,7 +140,7 @@ class JointRNNTLoss(torch.nn.Module):
     sparse : bool
         Of the gradients of the output layer, in calls with `classes`.
     **options
-        Keywords of `joint_rnnt_loss`.
+        Keywords of `joint_rnnt_loss`. With ``process_group=`` `classes` is the number of this process's classes.
 
     Examples
     --------

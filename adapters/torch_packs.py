@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from transducer_loss.adapters.torch_autograd import LogitsLoss, caller, expect_tensor
+from transducer_loss.adapters.torch_autograd import caller, expect_tensor, logits_losses
 from transducer_loss.cells import Ints
 from transducer_loss.checks import Options, float_array, targets_for
 from transducer_loss.processors import processor_for
@@ -156,7 +156,7 @@ class Run:
             if logits.requires_grad:
                 _expect_known(logits, leaves)
             targets = of.targets[begin:end, : int(labels.max())]
-            return LogitsLoss.apply(logits, of.inplace, (targets, frames, labels), of.options), leaves
+            return logits_losses(logits, targets, frames, labels, inplace=of.inplace, **of.options), leaves
 
     def forward(self, share: float | None) -> tuple[Tensor, list[tuple[int, int]]]:
         """Losses (B,), and the packs they were made in; with `share` add the gradients of ``share * sum_b loss_b``."""

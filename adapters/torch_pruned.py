@@ -8,47 +8,65 @@ import torch
 from torch import Tensor
 
 from transducer_loss import logits_loss, pruning, simple_loss
-from transducer_loss.adapters.torch_autograd import (
-    REDUCTIONS,
-    Gradients,
+from transducer_loss.adapters.torch_autograd import REDUCTIONS, Gradients, once_differentiable, reduced, wants_gradient
+from transducer_loss.adapters.torch_band import prune
+from transducer_loss.adapters.torch_joint import joint_rnnt_loss
+from transducer_loss.adapters.torch_operators import (
+    OPTIONS,
+    as_tensor,
     caller,
+    class_tensors,
+    compute_dtype,
     core_arguments,
     expect_tensor,
-    followed,
-    once_differentiable,
+    operator,
     plain,
-    reduced,
-    tensor_of,
 )
-from transducer_loss.adapters.torch_joint import joint_rnnt_loss
 from transducer_loss.adapters.torch_sampled import labels_in
 from transducer_loss.band import Band
 from transducer_loss.checks import choice, finite, whole_number
-from transducer_loss.classes import Classes, expect_classes
+from transducer_loss.classes import Classes
 from transducer_loss.paths import Occupancy
 
 
+def _simple_shapes(am: Tensor, lm: Tensor, targets: Tensor, frames: Tensor, labels: Tensor, weights: Tensor | None,
+                   gradient: bool, **options: Any) -> list[Tensor]:  # fmt: skip
+    lattice, real = (am.shape[0], am.shape[1], lm.shape[1]), compute_dtype(am)
+    shapes = [(am.shape[0],), lattice, lattice, *([am.shape, lm.shape] if gradient else [])]
+    return [am.new_empty(shape, dtype=real) for shape in shapes]
+
+
+@operator(
+    "simple_rnnt_loss(Tensor am, Tensor lm, Tensor targets, Tensor am_lengths, Tensor target_lengths, Tensor? weights, "
+    f"bool gradient, *, float lm_only_scale, float am_only_scale, bool shared_unigram, {OPTIONS}) -> Tensor[]",
+    _simple_shapes,
+)
+def _simple(
+    am: Tensor, lm: Tensor, targets: Tensor, frames: Tensor, labels: Tensor, weights: Tensor | None, gradient: bool,
+    **options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Losses (B,), occupancies, and the gradients of their weighted sum."""
+    with caller(am):
+        of = simple_loss.problem(am, lm, targets, frames, labels, **options, **core_arguments(am))
+        done = simple_loss.forward(of, logits_loss.weights_of(of, weights), gradient)
+        return [done.loss, *done.occupancy, *(done.gradients or ())]
+
+
 class _SimpleLoss(torch.autograd.Function):
-    """Losses (B,) of am and lm; their occupancies go into `found`."""
+    """Losses (B,) of am and lm, and occupancies."""
 
     @staticmethod
     def forward(
-        ctx: Any, am: Tensor, lm: Tensor, arguments: tuple[Any, ...], options: dict[str, Any], found: list[Tensor]
-    ) -> Tensor:
-        needed = any(ctx.needs_input_grad)
-        with caller(am):
-            of = simple_loss.problem(plain(am), plain(lm), *arguments, **options, **core_arguments(am))
-            # A unigram of the whole batch carries gradients from one utterance to another: they need the true weights.
-            ctx.later = needed and of.joint.shared_unigram and of.joint.am_only != 0.0
-            done = simple_loss.forward(of, gradient=needed and not ctx.later)
-        found.extend(done.occupancy)
-        ctx.dtype = am.dtype
-        if ctx.later:
-            ctx.arguments, ctx.options = arguments, options
-            ctx.save_for_backward(am, lm, *(tensor for tensor in arguments[:1] if isinstance(tensor, Tensor)))
-        elif done.gradients is not None:
-            ctx.save_for_backward(*done.gradients)
-        return done.loss  # type: ignore[no-any-return]
+        ctx: Any, am: Tensor, lm: Tensor, needed: bool, options: dict[str, Any], *integers: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # A unigram of the whole batch carries gradients from one utterance to another: they need the true weights.
+        ctx.later = needed and options["shared_unigram"] and options["am_only_scale"] != 0.0
+        loss, blank, label, *gradients = _simple(am.detach(), lm.detach(), *integers, None, needed and not ctx.later, **options)
+        ctx.dtype, ctx.options = am.dtype, options
+        ctx.save_for_backward(*((am, lm, *integers) if ctx.later else gradients))
+        ctx.mark_non_differentiable(blank, label)
+        ctx.set_materialize_grads(False)  # which would make zeros of the size of the occupancies
+        return loss, blank, label
 
     @staticmethod
     @once_differentiable
@@ -56,40 +74,28 @@ class _SimpleLoss(torch.autograd.Function):
         natives = ctx.saved_tensors
         weights = upstream[:, None, None]
         if ctx.later:
-            am, lm = map(plain, natives[:2])
-            with caller(am):
-                of = simple_loss.problem(am, lm, *ctx.arguments, **ctx.options, **core_arguments(am))
-                natives = simple_loss.forward(of, logits_loss.weights_of(of, upstream)).gradients
+            am, lm, *integers = map(plain, natives)
+            options = {**ctx.options, "validate": False}
+            natives = _simple(am, lm, *integers, upstream, True, **options)[3:]
             weights = torch.ones_like(weights)
         # An utterance that is not finite has gradient 0, whatever comes back to it.
         gradients = [
             (native * weights).masked_fill_(native == 0, 0).to(ctx.dtype) if needed else None
             for native, needed in zip(natives, ctx.needs_input_grad, strict=False)
         ]
-        return (*gradients, None, None, None)
+        return tuple(gradients)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, predictor: Tensor, band: Band) -> Tensor:
-        ctx.band, ctx.labels = band, predictor.shape[1] if predictor.ndim == 3 else 0
-        with caller(predictor):
-            return pruning.gathered(plain(predictor), band, **core_arguments(predictor))  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Gradients:
-        with caller(upstream):
-            return pruning.gathered_backward(upstream, ctx.band, ctx.labels, **core_arguments(upstream)), None
-
-
-def simple_losses(am: Tensor, lm: Tensor, arguments: tuple[Any, ...], **options: Any) -> tuple[Tensor, Occupancy]:
+def simple_losses(
+    am: Tensor, lm: Tensor, arguments: tuple[Any, Any, Any], *, shared_unigram: bool = False, **options: Any
+) -> tuple[Tensor, Occupancy]:
     """Losses (B,) with autograd, and occupancies; `arguments` and `options` as of `transducer_loss.simple_loss.problem`."""
     expect_tensor(am, "am")
     expect_tensor(lm, "lm")
-    found: list[Tensor] = []
-    loss = _SimpleLoss.apply(*followed(am, lm), tuple(map(plain, arguments)), options, found)
-    blank, label = found
+    names = ("targets", "am_lengths", "target_lengths")
+    integers = [as_tensor(value, name) for value, name in zip(arguments, names, strict=True)]
+    options = {**options, "shared_unigram": shared_unigram}
+    loss, blank, label = _SimpleLoss.apply(am, lm, wants_gradient(am, lm), options, *integers)
     return loss, Occupancy(blank, label, loss.detach())
 
 
@@ -147,52 +153,6 @@ def simple_rnnt_loss(
         infeasible=infeasible, validate=validate,
     )  # fmt: skip
     return reduced(loss, reduction), occupancy
-
-
-def prune(
-    occupancy: Occupancy, am_lengths: Any, target_lengths: Any, *, s_range: int = 5, strategy: str = "local",
-    topology: str = "regular",
-) -> Band:  # fmt: skip
-    """Band of the labels that matter in each frame: `transducer_loss.prune`, on the caller's stream and memory.
-
-    Parameters
-    ----------
-    occupancy : Occupancy
-        As `simple_rnnt_loss` returns it.
-    am_lengths, target_lengths : (B,) tensor or list of int
-    s_range, strategy, topology
-        As of `transducer_loss.prune`.
-
-    Returns
-    -------
-    Band
-    """
-    if not isinstance(getattr(occupancy, "blank", None), Tensor):
-        return pruning.prune(
-            occupancy, plain(am_lengths), plain(target_lengths), s_range=s_range, strategy=strategy, topology=topology
-        )
-    with caller(occupancy.blank):
-        return pruning.pruned(
-            occupancy, plain(am_lengths), plain(target_lengths), s_range=s_range, strategy=strategy, topology=topology,
-            **core_arguments(occupancy.blank),
-        )  # fmt: skip
-
-
-def gather_predictor(predictor: Tensor, band: Band) -> Tensor:
-    """The predictor's rows of a band's cells, with autograd, for a joiner of one's own.
-
-    Parameters
-    ----------
-    predictor : (B, U+1, H) tensor
-    band : Band
-
-    Returns
-    -------
-    (B, T, S, H) tensor
-        To be joined with ``encoder[:, :, None]``; the logits of it go to ``rnnt_loss(..., band=band)``.
-    """
-    expect_tensor(predictor, "predictor")
-    return _Gather.apply(*followed(predictor), band)  # type: ignore[no-any-return]
 
 
 class PrunedLosses(NamedTuple):
@@ -274,6 +234,16 @@ class PrunedRNNTLoss(torch.nn.Module):
             "delay_penalty": delay_penalty, "infeasible": infeasible, "validate": validate,
         }  # fmt: skip
 
+    @property
+    def step(self) -> int:
+        """Calls in training mode so far."""
+        return int(self._step)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        # A tensor, or a compiled region would be compiled again for each of them.
+        self._step = torch.full((), step, dtype=torch.float64, device="cpu")
+
     def get_extra_state(self) -> dict[str, int]:
         """The count of steps, which is part of the state."""
         return {"step": self.step}
@@ -284,7 +254,11 @@ class PrunedRNNTLoss(torch.nn.Module):
 
     def weights(self) -> tuple[float, float]:
         """Weights of the simple and of the pruned loss at this step."""
-        warm = 1.0 if self.step >= self.warm_step else self.step / self.warm_step
+        of_simple, of_pruned = self._weights()
+        return float(of_simple), float(of_pruned)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        warm = (self._step / self.warm_step).clamp(max=1.0) if self.warm_step else torch.ones_like(self._step)
         return 1.0 - warm * (1.0 - self.simple_scale), 0.1 + 0.9 * warm
 
     def forward(
@@ -316,12 +290,11 @@ class PrunedRNNTLoss(torch.nn.Module):
             am, lm = self.simple_encoder(simple_encoder), self.simple_predictor(simple_predictor)
             simple, occupancy = simple_rnnt_loss(am, lm, targets, encoder_lengths, target_lengths, **self.scales, **self.common)
         else:
-            expect_classes(classes)
+            tensors, _ = class_tensors(classes)
             if classes.per_utterance:
                 raise ValueError("classes: expected those of the whole batch, as the simple loss takes one set, got one each")
             slots = labels_in(classes, targets, target_lengths, validate=self.common["validate"])
-            with caller(encoder):
-                ids = tensor_of(classes.ids).to(encoder.device, torch.int64)
+            ids = tensors[0].to(encoder.device, torch.int64)
             am, lm = (
                 torch.nn.functional.linear(
                     rows, torch.nn.functional.embedding(ids, layer.weight, sparse=self.sparse), layer.bias[ids]
@@ -340,7 +313,7 @@ class PrunedRNNTLoss(torch.nn.Module):
             classes=classes, sparse=self.sparse and classes is not None, dropout=self.dropout if self.training else 0.0,
             **self.common, **self.options,
         )  # fmt: skip
-        of_simple, of_pruned = self.weights()
+        of_simple, of_pruned = (weight.to(simple.dtype) for weight in self._weights())
         if self.training:
-            self.step += 1
+            self._step = self._step + 1
         return PrunedLosses(of_simple * simple + of_pruned * pruned, simple, pruned, band)

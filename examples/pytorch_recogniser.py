@@ -14,36 +14,31 @@ import json
 import math
 import time
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 import pictures
+import recipe
 import spoken_numbers
 import transducer_loss
+from recipe import BATCH_SIZE, PEAK_LEARNING_RATE, SUBSAMPLING, WARM_UP_STEPS, WIDTH, character_error_rate
 from spoken_numbers import BLANK, Batch, Utterance
 from transducer_loss import Band, Classes, Grads, Occupancy
 from transducer_loss.adapters.torch import JointRNNTLoss, PrunedRNNTLoss, sample_classes
 
-TRAINING_UTTERANCES, HELD_OUT_UTTERANCES = 3000, 400
-BATCH_SIZE = 32
-SUBSAMPLING = 4  # feature frames per encoder frame
 ENCODER_PERIOD = SUBSAMPLING * spoken_numbers.FRAME_PERIOD  # seconds
-PEAK_LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
 EVALUATIONS = 10
-MOST_CHARACTERS_PER_FRAME = 4
 # Beyond the alphabet there are classes that no text has, as a vocabulary of word pieces has for any one batch.
 SAMPLED_VOCABULARY, SAMPLES = 5000, 100
 BIAS_DRAWS, BIAS_UTTERANCES = 20, 8
 CHARACTERS_IN_BAND, LM_ONLY_SCALE, PRUNED_WARM_UP_STEPS = 5, 0.1, 200
-
-console = Console()
 
 
 class Encoder(nn.Module):
@@ -103,7 +98,7 @@ class Recogniser(nn.Module):
     """An encoder, a predictor, and a loss that owns the output layer, which decoding shares."""
 
     def __init__(
-        self, width: int = 128, loss: str = "exact", workspace: str = "4MiB", vocabulary: int = len(spoken_numbers.ALPHABET)
+        self, width: int = WIDTH, loss: str = "exact", workspace: str = "4MiB", vocabulary: int = len(spoken_numbers.ALPHABET)
     ) -> None:
         super().__init__()
         self.encoder = Encoder(width)
@@ -140,11 +135,10 @@ class TensorBatch:
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> TensorBatch:
         """Move a batch to a device."""
-        encoder_lengths = -(-batch.feature_lengths // SUBSAMPLING)
         return cls(
             torch.from_numpy(batch.features).to(device),
             torch.from_numpy(batch.targets).to(device),
-            torch.from_numpy(encoder_lengths),
+            torch.from_numpy(recipe.encoder_lengths(batch.feature_lengths)),
             torch.from_numpy(batch.target_lengths),
         )
 
@@ -172,29 +166,18 @@ def sampling_of(model: Recogniser, correction: bool = False) -> dict[str, Any]:
 @torch.no_grad()
 def recognise(model: Recogniser, features: Tensor, encoder_lengths: Tensor, chunk: int = 32) -> list[str]:
     """Greedy streaming decoding: the features (B, T, MEL_BINS) come in chunks of frames, each is heard once."""
-    device = features.device
-    count = len(features)
-    encoder_lengths = encoder_lengths.to(device)
-    before = last = torch.full((count,), BLANK, device=device)
-    prediction = model.predictor(before, last)
-    emitted: list[Tensor] = []  # each (B,), blank where an utterance emits nothing
-    state, frame = None, 0
-    for start in range(0, features.shape[1], chunk):
-        encodings, state = model.encoder(features[:, start : start + chunk], state)
-        for encoding in encodings.unbind(1):
-            speaking = frame < encoder_lengths
-            for _ in range(MOST_CHARACTERS_PER_FRAME):
-                best = model.logits(encoding, prediction).argmax(-1)
-                speaking = speaking & (best != BLANK)
-                if not speaking.any():
-                    break
-                before = torch.where(speaking, last, before)
-                last = torch.where(speaking, best, last)
-                prediction = model.predictor(before, last)
-                emitted.append(torch.where(speaking, best, BLANK))
-            frame += 1
-    labels = torch.stack(emitted, dim=1).cpu().numpy() if emitted else np.empty((count, 0), int)
-    return [spoken_numbers.to_text(row[row != BLANK]) for row in labels]
+
+    def encodings() -> Iterator[Tensor]:
+        state = None
+        for start in range(0, features.shape[1], chunk):
+            piece, state = model.encoder(features[:, start : start + chunk], state)
+            yield from piece.unbind(1)
+
+    def likeliest(encoding: Tensor, *labels: np.ndarray) -> Tensor:
+        prediction = model.predictor(*(torch.from_numpy(each).to(features.device) for each in labels))
+        return model.logits(encoding, prediction).argmax(-1).cpu()
+
+    return recipe.greedy(likeliest, encodings(), encoder_lengths.numpy())
 
 
 @dataclass(frozen=True)
@@ -227,8 +210,7 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
     model.encoder.normalise_by(np.concatenate([utterance.features for utterance in training]))
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE)
     held_out_batch = TensorBatch.of(spoken_numbers.batch(held_out), device)
-    epochs = (spoken_numbers.epoch(training, BATCH_SIZE, rng) for _ in itertools.count())
-    batches = itertools.chain.from_iterable(epochs)
+    batches = spoken_numbers.batches(training, BATCH_SIZE, rng)
     done = Training()
     seconds = used = 0.0
     columns = (
@@ -237,7 +219,7 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
         TextColumn("loss {task.fields[loss]:.3f}   {task.fields[speed]:.0f} utterances/s  "),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=recipe.console) as bar:
         task = bar.add_task("", total=1.0, loss=math.nan, speed=0.0)
         while used < 1:
             started = time.perf_counter()
@@ -246,7 +228,7 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
             objective, loss = loss_of(model, TensorBatch.of(next(batches), device))
             optimiser.zero_grad()
             objective.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.LARGEST_GRADIENT_NORM)
             optimiser.step()
             done.losses.append(loss.item())
             seconds += time.perf_counter() - started
@@ -262,11 +244,6 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
                     f"character error rate on held-out speakers {100 * done.error_rates[-1]:6.2f} %"
                 )
     return done
-
-
-def character_error_rate(utterances: list[Utterance], hypotheses: list[str]) -> float:
-    """Edit distance per character of the references."""
-    return spoken_numbers.error_rate([utterance.text for utterance in utterances], hypotheses)
 
 
 @torch.no_grad()
@@ -401,15 +378,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def synthesise(seed: int) -> tuple[list[Utterance], list[Utterance]]:
-    """Make the corpus, with a progress bar."""
-    total = TRAINING_UTTERANCES + HELD_OUT_UTTERANCES
-    columns = (TextColumn("speaking"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        return spoken_numbers.corpus(TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance=lambda: bar.advance(task))
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -510,7 +478,7 @@ def main() -> None:
     times = [time.perf_counter()]
     device = pick_device(arguments.device)
     torch.manual_seed(arguments.seed)
-    training, held_out = synthesise(arguments.seed)
+    training, held_out = recipe.synthesise(arguments.seed)
     times.append(time.perf_counter())
     alphabet = len(spoken_numbers.ALPHABET)
     vocabulary = arguments.vocabulary or (SAMPLED_VOCABULARY if arguments.loss == "sampled" else alphabet)

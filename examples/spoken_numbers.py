@@ -272,26 +272,40 @@ class Batch:
     target_lengths: np.ndarray
 
 
-def batch(utterances: Sequence[Utterance]) -> Batch:
-    """Pad utterances with zeros to the longest of them."""
-    features, feature_lengths = _pad([utterance.features for utterance in utterances])
-    targets, target_lengths = _pad([to_labels(utterance.text) for utterance in utterances])
+def batch(utterances: Sequence[Utterance], multiples: tuple[int, int] = (1, 1)) -> Batch:
+    """Pad utterances with zeros to the longest of them, and on to multiples of so many frames and labels.
+
+    Large multiples make few shapes, for a framework that compiles a model for each of them.
+    """
+    features, feature_lengths = _pad([utterance.features for utterance in utterances], multiples[0])
+    targets, target_lengths = _pad([to_labels(utterance.text) for utterance in utterances], multiples[1])
     return Batch(features, feature_lengths, targets, target_lengths)
 
 
-def _pad(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _pad(arrays: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(array) for array in arrays], dtype=np.int32)
-    padded = np.zeros((len(arrays), lengths.max(), *arrays[0].shape[1:]), arrays[0].dtype)
+    longest = -(-lengths.max() // multiple) * multiple
+    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
     return padded, lengths
 
 
-def epoch(utterances: Sequence[Utterance], batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Every utterance once, in batches of like length and random order."""
+def epoch(
+    utterances: Sequence[Utterance], batch_size: int, rng: np.random.Generator, multiples: tuple[int, int] = (1, 1)
+) -> Iterator[Batch]:
+    """Every utterance once, in batches of like length and random order; `multiples` as of `batch`."""
     # Lengths are jittered by a tenth, so that an utterance keeps no fixed company.
     lengths = np.array([len(utterance.features) for utterance in utterances])
     order = np.argsort(lengths * rng.uniform(0.9, 1.1, len(lengths)))
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for group in rng.permutation(len(groups)):
-        yield batch([utterances[index] for index in groups[group]])
+        yield batch([utterances[index] for index in groups[group]], multiples)
+
+
+def batches(
+    utterances: Sequence[Utterance], batch_size: int, rng: np.random.Generator, multiples: tuple[int, int] = (1, 1)
+) -> Iterator[Batch]:
+    """Epoch after epoch, without end."""
+    while True:
+        yield from epoch(utterances, batch_size, rng, multiples)

@@ -71,7 +71,7 @@ DEVICE void write_arcs(Real blank_logit, Real label_logit, Real z, int distribut
                        Real* log_label) {
     const Real no_blank = distribution == HAT ? -softplus(blank_logit) : Real(0);
     const Real blank_value = distribution == HAT ? -softplus(-blank_logit) : blank_logit - z;
-    const bool labels_valid = is_finite(z) || (distribution == HAT && only_blank);
+    const bool labels_valid = is_finite(z) || (distribution == HAT && only_blank && z == -infinity<Real>());
     const bool valid = labels_valid && !is_nan(no_blank) && blank_logit < infinity<Real>();
     const bool has_label = label_logit > -infinity<Real>();
     *log_blank = valid ? blank_value : nan_value<Real>();
@@ -80,8 +80,8 @@ DEVICE void write_arcs(Real blank_logit, Real label_logit, Real z, int distribut
 
 // Writes the arcs' log-probabilities of one row. With `keep`, x[v] is overwritten by exp(x[v] - max) (the blank of HAT by
 // its sigmoid) and the normaliser is the factor that makes probabilities of them, so that the gradient needs no second exp.
-// A blank or a target below 0 is none of the row's classes. With `log_sum` the row is that of a shard: there goes z, +inf for one
-// that is not valid, as the largest of several processes' numbers may pass over NaN; the arcs get their logits.
+// A blank or a target below 0 is none of the row's classes. With `log_sum` the row is a shard's: the arcs get their logits, and
+// `log_sum` gets z, or +inf where something is not valid: the largest of several numbers may pass over a NaN.
 template <typename R, typename Real>
 DEVICE void arcs_of_row(const R row, long long classes, long long blank, long long target, int distribution, bool keep,
                         Real* log_blank, Real* log_label, Real* normaliser, Real* log_sum) {
@@ -142,7 +142,8 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
         const long long target =
             real ? target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, at.label) : -1;
         // A target read from the device may be anything; past the last label it is -1 by definition.
-        if (!real || (at.label < of.labels && (target < 0 || target >= vocabulary))) {
+        const bool allowed = target >= 0 && target < vocabulary && !(distribution == HAT && target == blank);
+        if (!real || (at.label < of.labels && !allowed)) {
             if (threadIdx.x == 0) {
                 log_blank[cell] = log_label[cell] = normaliser[cell] = real && !log_sum ? nan_value<Real>() : Real(0);
                 if (log_sum) log_sum[cell] = real ? infinity<Real>() : Real(0);
@@ -199,7 +200,7 @@ KERNEL softmax_join(long long n, const Real* log_sum, const Real* largest, const
 
 // d loss / d x[v] = w ((gb + ge) p[v] - [v = blank] gb - [v = y] ge), gb and ge the occupancies of the cell's arcs.
 // HAT: the blank gets w ((gb + ge) sigmoid - gb), a label w ge (q[v] - [v = y]), q the softmax without blank.
-// One loop over the classes, then the two that an arc takes, if they are among the row's. `finished` is the last to see a value.
+// One loop over the classes, then the two that an arc takes, if the row has them. `finished` is the last to see a value.
 template <typename In, typename Out, typename Real, typename Finish>
 DEVICE void gradient_of_row(const In in, const Out out, long long classes, long long blank, long long target,
                             int distribution, bool kept, Real normaliser, Real blank_share, Real label_share,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +32,28 @@ def loss_of(module: Any, rank: int) -> Tensor:
     return loss
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    """Leave the gradients of one of two workers in a folder."""
+def begin(rank: int, port: int) -> None:
+    """Join the group of two."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def leave(rank: int, folder: str, results: Any) -> None:
+    """Leave results in a folder, and the process once the other has done so, too.
+
+    Without taking the group apart: destructors wait for gloo's thread, which may wait for Python's lock that they hold.
+    """
+    torch.save(results, f"{folder}/{rank}.partial")
+    os.rename(f"{folder}/{rank}.partial", f"{folder}/{rank}.pt")
+    while not all(Path(folder, f"{each}.pt").exists() for each in (0, 1)):
+        time.sleep(0.01)
+    os._exit(0)
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """Leave the gradients of one of two workers in a folder."""
+    begin(rank, port)
     torch.manual_seed(0)
     module = torch.nn.parallel.DistributedDataParallel(JointRNNTLoss(6, V).double())
     loss_of(module, rank).backward()
-    torch.save([parameter.grad for parameter in module.parameters()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave(rank, folder, [parameter.grad for parameter in module.parameters()])

@@ -1,5 +1,7 @@
-"""The pure parts of the examples: text, error rates, batches, noise, that the recogniser streams; and short runs of it."""
+"""The pure parts of the examples: text, error rates, batches, noise, decoding; the recognisers' models; and short runs."""
 
+import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import spoken_numbers
+import transducer_loss
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,18 @@ def test_a_batch_is_padded_with_zeros():
     assert batch.targets[0, 3:].tolist() == [0, 0]
 
 
+def test_a_batch_is_padded_to_multiples():
+    utterances = [utterance(3, "six"), utterance(5, "eight")]
+    batch, padded = spoken_numbers.batch(utterances), spoken_numbers.batch(utterances, (4, 5))
+    assert padded.features.shape == (2, 8, spoken_numbers.MEL_BINS)
+    assert padded.targets.shape == (2, 5)
+    assert padded.feature_lengths.tolist() == [3, 5]
+    assert padded.target_lengths.tolist() == [3, 5]
+    np.testing.assert_array_equal(padded.features[:, :5], batch.features)
+    np.testing.assert_array_equal(padded.targets, batch.targets)
+    assert (padded.features[:, 5:] == 0).all()
+
+
 def test_an_epoch_holds_every_utterance_once_and_the_seed_decides_the_order():
     utterances = [utterance(frames) for frames in range(1, 24)]
 
@@ -95,6 +110,16 @@ def test_an_epoch_holds_every_utterance_once_and_the_seed_decides_the_order():
     assert [len(batch) for batch in sorted(lengths(0), key=len)] == [3, 5, 5, 5, 5]
     assert lengths(0) == lengths(0)
     assert lengths(0) != lengths(1)
+
+
+def test_batches_go_on_in_another_order():
+    utterances = [utterance(frames) for frames in range(1, 24)]
+    batches = spoken_numbers.batches(utterances, 5, np.random.default_rng(0), (8, 1))
+    first, second = (list(itertools.islice(batches, 5)) for _ in range(2))
+    for epoch in (first, second):
+        assert sorted(length for batch in epoch for length in batch.feature_lengths.tolist()) == list(range(1, 24))
+        assert {batch.features.shape[1] for batch in epoch} == {8, 16, 24}
+    assert [b.feature_lengths.tolist() for b in first] != [b.feature_lengths.tolist() for b in second]
 
 
 @pytest.mark.parametrize("ratio", [20.0, 5.0])
@@ -135,6 +160,50 @@ def test_an_unknown_voice_is_refused():
         synthesiser.say("six", "en-us", "nobody", 200, 50)
     with pytest.raises(ValueError, match="no voice 'nowhere'"):
         synthesiser.say("six", "nowhere", "f1", 200, 50)
+
+
+@pytest.fixture
+def recipe():
+    pytest.importorskip("rich", reason="the recognisers show their progress")
+    import recipe
+
+    return recipe
+
+
+def test_greedy_decoding_takes_characters_until_every_utterance_is_blank(recipe):
+    blank, (s, e, v) = spoken_numbers.BLANK, spoken_numbers.to_labels("sev")
+    said = {  # by frame: what is likeliest, in turn
+        0: [[blank, blank]],
+        1: [[s, blank], [e, v], [blank, blank]],  # utterance 1 is over at its first blank
+        2: [[v, s], [blank, blank]],
+        3: [[s, e], [s, s], [s, blank]],  # past the end of utterance 0
+        4: [[s, s]],  # past the end of both
+    }
+    asked = []
+
+    def likeliest(frame, before, last):
+        asked.append((frame, before.tolist(), last.tolist()))
+        return np.array(said[frame].pop(0))
+
+    assert recipe.greedy(likeliest, range(5), np.array([3, 4])) == ["sev", "ses"]
+    assert asked == [
+        (0, [blank, blank], [blank, blank]),
+        (1, [blank, blank], [blank, blank]),
+        (1, [blank, blank], [s, blank]),
+        (1, [s, blank], [e, blank]),
+        (2, [s, blank], [e, blank]),
+        (2, [e, blank], [v, s]),
+        (3, [e, blank], [v, s]),
+        (3, [e, s], [v, e]),
+        (3, [e, e], [v, s]),
+        (4, [e, e], [v, s]),
+    ]
+
+
+def test_greedy_decoding_of_a_talkative_model_ends(recipe):
+    texts = recipe.greedy(lambda frame, before, last: np.full(2, 5), range(6), np.array([3, 1]))
+    assert [len(text) for text in texts] == [3 * recipe.MOST_CHARACTERS_PER_FRAME, recipe.MOST_CHARACTERS_PER_FRAME]
+    assert recipe.greedy(lambda frame, before, last: np.zeros(2), range(6), np.array([3, 1])) == ["", ""]
 
 
 @pytest.fixture
@@ -182,7 +251,7 @@ def test_decoding_stops_at_the_length_of_an_utterance(recogniser):
 
     features = torch.zeros(2, 16, spoken_numbers.MEL_BINS)
     texts = pytorch_recogniser.recognise(recogniser, features, torch.tensor([4, 1]))
-    most = pytorch_recogniser.MOST_CHARACTERS_PER_FRAME
+    most = pytorch_recogniser.recipe.MOST_CHARACTERS_PER_FRAME
     assert [len(text) for text in texts] == [4 * most, most]
 
 
@@ -272,3 +341,73 @@ def test_a_run_of_a_few_steps(recogniser, monkeypatch, tmp_path, loss):
         local, optimal = pruning["kept"]["local"], pruning["kept"]["optimal"]
         assert 0 < local["least"] <= local["mean"] < 1
         assert all(local[which] <= optimal[which] < 1 for which in ("mean", "least"))
+
+
+@pytest.fixture(params=["jax_recogniser", "keras_recogniser"])
+def example(request, recipe, monkeypatch):
+    """A script whose model is a narrow one."""
+    needed = {"jax_recogniser": ("flax", "optax"), "keras_recogniser": ("keras", "tensorflow")}[request.param]
+    for package in needed:
+        pytest.importorskip(package, reason=f"{request.param} is written with it")
+    module = importlib.import_module(request.param)
+    monkeypatch.setattr(module, "WIDTH", 16)
+    return module
+
+
+@pytest.fixture
+def parts(example):
+    """A model, its losses (B,) of a batch, and its joint network from (B, T, H) and (B, 1, H) to logits (B, T, V)."""
+    features = np.random.default_rng(0).normal(size=(100, spoken_numbers.MEL_BINS)).astype("f")
+    if example.__name__ == "jax_recogniser":
+        model = example.Recogniser(features, example.nnx.Rngs(0))
+        return model, model.losses, lambda encoding, prediction: model.output(np.tanh(encoding + prediction))
+    model = example.Recogniser()
+    model.encoder.normalise.adapt(features)
+    return model, lambda batch: model(vars(batch)), lambda encoding, prediction: model.joint(encoding, prediction)[:, :, 0]
+
+
+def test_training_and_decoding_are_of_one_model(parts, recipe):
+    model, losses, joint = parts
+    batch = spoken_numbers.batch(noises(3), (32, 24))
+    encodings = np.asarray(model.encoder(batch.features))
+    spoken = np.pad(batch.targets, [(0, 0), (2, 0)], constant_values=spoken_numbers.BLANK)
+    pairs = [(spoken[:, u], spoken[:, u + 1]) for u in range(spoken.shape[1] - 1)]
+    predictions = [np.asarray(model.predictor(*pair)) for pair in pairs]
+    logits = np.stack([np.asarray(joint(encodings, each[:, None])) for each in predictions], axis=2)
+    lengths = recipe.encoder_lengths(batch.feature_lengths), batch.target_lengths
+    expected, _ = transducer_loss.rnnt_loss(logits, batch.targets, *lengths, blank=spoken_numbers.BLANK)
+    np.testing.assert_allclose(np.asarray(losses(batch)), expected, rtol=1e-5)
+    for u in (0, 1, 5):
+        np.testing.assert_array_equal(model.likeliest(encodings[:, 7], *pairs[u]), logits[:, 7, u].argmax(-1))
+
+
+def test_the_encoder_of_whole_utterances_does_not_hear_the_future(parts):
+    encoder = parts[0].encoder
+    features = np.random.default_rng(1).normal(size=(2, 23, spoken_numbers.MEL_BINS)).astype("f")
+    other = features.copy()
+    other[:, 12:] = 0
+    now, then = np.asarray(encoder(features)), np.asarray(encoder(other))
+    assert now.shape == (2, 6, 16)
+    np.testing.assert_allclose(now[:, :3], then[:, :3], rtol=0, atol=1e-6)
+    assert np.abs(now[:, 3:] - then[:, 3:]).max(axis=(0, 2)).min() > 1e-3
+
+
+def test_a_script_of_a_few_steps(example, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(spoken_numbers, "corpus", lambda *_, **__: (noises(8), noises(4)))
+    monkeypatch.setattr(recipe, "BATCH_SIZE", 4)
+    monkeypatch.setattr(recipe, "WARM_UP_STEPS", 5)
+    method = "losses" if example.__name__ == "jax_recogniser" else "call"
+    losses, traces = getattr(example.Recogniser, method), []
+    monkeypatch.setattr(example.Recogniser, method, lambda model, batch: (traces.append(0), losses(model, batch))[1])
+    monkeypatch.setattr(sys, "argv", f"script --steps 40 --seed 3 --json {tmp_path}/new/results.json".split())
+    example.main()
+    assert len(traces) == {"jax_recogniser": 1, "keras_recogniser": 3}[example.__name__]  # Keras's first two build the model
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results["seed"] == 3
+    assert len(results["losses"]) == 40
+    assert np.mean(results["losses"][-4:]) < 0.7 * np.mean(results["losses"][:4])
+    assert len(results["hypotheses"]) == 4
+    assert results["character_error_rate"] == pytest.approx(
+        spoken_numbers.error_rate([each.text for each in noises(4)], results["hypotheses"])
+    )
+    assert set(results["seconds"]) == {"training", "recognition"}

@@ -254,6 +254,21 @@ def test_targets_out_of_range_on_the_device(function: str) -> None:
         run(function, *arguments, validate=True)
 
 
+@needs_device
+@pytest.mark.parametrize("function", ["rnnt_loss", "joint_rnnt_loss"])
+def test_a_blank_that_hat_has_no_label_for(function: str) -> None:
+    of = make_batch(batch=3)
+    targets, frames, labels = of.integers
+    labels[:] = 3
+    targets[targets == 39] = 1
+    bad = targets.copy()
+    bad[1, 2] = 39
+    loss, gradients = run(function, *given(function, of), on_device(bad), frames, labels, hat=True, blank=39)
+    assert np.isnan(plain(loss)).tolist() == [False, True, False]
+    wanted_loss, wanted = expected(function, of, weights=[1.0, 0.0, 1.0], hat=True, blank=39)
+    assert_close((plain(loss)[::2], gradients), (wanted_loss[::2], wanted))
+
+
 @every_function
 def test_nan_and_infeasible_utterances(function: str) -> None:
     of = make_batch(batch=3, frames=8, labels=6)
@@ -814,3 +829,78 @@ def test_torch_on_the_second_device(function: str, torch: Any) -> None:
         loss.backward(torch.ones_like(loss))
     assert loss.device == torch.device("cuda:1")
     assert_close((loss, tuple(tensor.grad for tensor in tensors)), expected(function, of))
+
+
+@needs_device
+@pytest.mark.parametrize("function", ["rnnt_loss", "joint_rnnt_loss"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_captures_a_cuda_graph(function: str, reduction: str, torch: Any) -> None:
+    of, other = make_batch(), make_batch(seed=1)
+    tensors = leaves(torch, function, of)
+    targets = torch.tensor(of.integers[0], device=DEVICE)
+    options = {} if function == "rnnt_loss" else {"occupancy_floor": 0.0}
+    frames, labels = (lengths.tolist() for lengths in of.integers[1:])
+
+    def step() -> Any:
+        loss = of_torch(function)(*tensors, targets, frames, labels, reduction=reduction, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, tensors, torch.full_like(loss, -1.5))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    with torch.no_grad():
+        for tensor, new in zip(tensors, leaves(torch, function, other), strict=True):
+            tensor.copy_(new)
+        targets.copy_(torch.tensor(other.integers[0]))
+    wanted = step()  # in memory that the graph does not have
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, want) for one, want in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.parametrize("hat", [False, True])
+@every_dtype
+def test_a_vocabulary_in_one_shard(dtype: str, hat: bool) -> None:
+    """All that a process does of a vocabulary in several, but for the others."""
+    of = make_batch()
+    of.integers[0][of.integers[0] == 39] = 1
+    arguments, exchanged = (*given("joint_rnnt_loss", of, dtype), *of.integers), []
+    shard = tl.Shard(lambda array, operation: exchanged.append((type(array), operation)), [40], 0)
+    options = {"hat": hat, "blank": 39}
+    found, wanted = (run("joint_rnnt_loss", *arguments, **options, **more) for more in ({"shard": shard}, {}))
+    assert exchanged == [(xp.ndarray, operation) for operation in ("max", "sum", "sum", "sum")]
+    budget = check.budgets("joint_rnnt_loss", dtype, DEVICE)
+    assert_close(found, (plain(wanted[0]), tuple(map(plain, wanted[1]))), budget)
+
+
+@every_dtype
+@every_function
+def test_jax(function: str, dtype: str) -> None:
+    jax = pytest.importorskip("jax")
+    if not ON_HOST and jax.default_backend() != "gpu":
+        pytest.skip("JAX has no GPU")
+    from transducer_loss.adapters import jax as losses
+
+    of = make_batch()
+    with jax.enable_x64(dtype == "float64"):
+        arrays = [jax.numpy.asarray(array.astype(numpy_dtype(dtype))) for array in getattr(of, function)]
+
+        def loss_of(arrays: Any, integers: Any) -> Any:
+            options = {"occupancy_floor": 0.0} if function == "joint_rnnt_loss" else {}
+            found = getattr(losses, function)(*arrays, *integers, **options)
+            return found[0] if isinstance(found, tuple) else found
+
+        def step(arrays: Any, integers: Any, upstream: Any) -> Any:
+            loss, gradients = jax.vjp(lambda arrays: loss_of(arrays, integers), arrays)
+            return loss, gradients(upstream.astype(loss.dtype))[0]
+
+        weights = jax.numpy.asarray([1.5, -2.0, 0.25])
+        loss, gradients = jax.jit(step)(arrays, [jax.numpy.asarray(each) for each in of.integers], weights)
+        found = plain(np.asarray(loss)), tuple(plain(np.asarray(each)) for each in gradients)
+    assert_close(found, expected(function, of, weights=np.asarray(weights)), check.budgets(function, dtype, DEVICE))

@@ -248,6 +248,22 @@ def test_strides_of_packed_logits(dtype: str, view: str) -> None:
     assert (base == 7).all()
 
 
+@pytest.mark.parametrize("option", ["plain", "hat"])
+def test_labels_that_nobody_checked(option: str) -> None:
+    """As those of a device are not: a label that cannot be makes its utterance's loss NaN and its gradient 0."""
+    logits = np.random.default_rng(0).normal(size=(5, 4, 3, 6))
+    targets = [[1, 2], [6, 1], [-1, 4], [1, 5], [2, 3]]  # 5 is the blank, which is no label of HAT
+    of = logits_loss.problem(
+        logits, targets, [4] * 5, [2] * 5, blank=-1, topology="regular", normalized=False, fastemit_lambda=0.0,
+        delay_penalty=0.0, hat=option == "hat", infeasible="inf", validate=None,
+    )  # fmt: skip
+    loss, _, saved = logits_loss.forward(of)
+    grad = logits_loss.backward(of, saved, None, False)
+    bad = [False, True, True, option == "hat", False]
+    assert np.isnan(loss).tolist() == bad
+    assert (np.abs(grad).max(axis=(1, 2, 3)) == 0).tolist() == bad
+
+
 @every_dtype
 def test_temporary_memory(dtype: str) -> None:
     counting = Counting()

@@ -186,6 +186,16 @@ def test_one_utterance_that_is_not_finite_leaves_the_others() -> None:
     expect_same(sharded(of.sizes(2), of.weight, of.bias, lambda w, b, s: of.loss(w, b, shard=s)), one, "float32")
 
 
+@pytest.mark.parametrize("logit", [0.5, np.nan, np.inf, -np.inf])
+def test_nothing_but_a_blank(logit: float) -> None:
+    """HAT has no labels to normalise, then."""
+    arguments = (np.zeros((1, 3, 2)), np.zeros((1, 1, 2)), np.zeros((1, 2)), np.array([logit]), [[]], [3], [0])
+    shard = tl.Shard(lambda array, operation: None, [1], 0)
+    for hat in (False, True):
+        wanted, got = (tl.joint_rnnt_loss(*arguments, hat=hat, shard=of)[0] for of in (None, shard))
+        np.testing.assert_array_equal(got, wanted)
+
+
 def test_classes_of_one_label_each() -> None:
     of = Problem(2, "float64", classes=4)
     for hat in (False, True):
@@ -193,20 +203,24 @@ def test_classes_of_one_label_each() -> None:
         expect_same(sharded([1, 1, 1, 1], of.weight, of.bias, lambda w, b, s: of.loss(w, b, shard=s, hat=hat)), one, "float64")  # noqa: B023
 
 
-def test_exchanges_do_not_depend_on_a_shards_size() -> None:
-    """Groups are cut by the largest shard, else processes would wait for one another for ever: `sharded` compares them."""
+def test_exchanges_do_not_depend_on_a_shard() -> None:
+    """Neither on its size nor on its layout, else processes would wait for one another for ever: `sharded` compares them."""
     rng = np.random.default_rng(0)
     encoder, predictor = rng.normal(size=(6, 40, 8)).astype("f"), rng.normal(size=(6, 11, 8)).astype("f")
     weight, targets = rng.normal(size=(700, 8)).astype("f"), rng.integers(1, 700, (6, 10))
     arguments = (targets, [40] * 6, [10] * 6)
 
-    def loss(weight: Array, _: None, shard: tl.Shard | None) -> Any:
-        return tl.joint_rnnt_loss(
-            encoder, predictor, weight, None, *arguments, shard=shard, workspace="3MB", occupancy_floor=0.0
-        )  # fmt: skip
+    for workspace in (1_400_000, 3_000_000):
 
-    processes = sharded([20, 680], weight, None, loss)
-    expect_same(processes, loss(weight, None, None), "float32")
+        def loss(weight: Array, _: None, shard: tl.Shard | None) -> Any:
+            if shard is not None and shard.rank == 1:  # what is strided is copied
+                weight = np.repeat(weight, 2, axis=1)[:, ::2]
+            return tl.joint_rnnt_loss(
+                encoder, predictor, weight, None, *arguments, shard=shard, workspace=workspace, occupancy_floor=0.0  # noqa: B023
+            )  # fmt: skip
+
+        processes = sharded([20, 680], weight, None, loss)
+        expect_same(processes, loss(weight, None, None), "float32")
 
 
 def test_arguments() -> None:
@@ -219,6 +233,8 @@ def test_arguments() -> None:
         tl.Shard(3, [6], 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank: expected one of 2 processes, got 2"):
         tl.Shard(nothing, [3, 3], 2)
+    with pytest.raises(TypeError, match="sizes: expected the classes of every process, got int"):
+        tl.Shard(nothing, 6, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sizes: expected 1 or more, got 0"):
         tl.Shard(nothing, [6, 0], 0)
     with pytest.raises(TypeError, match="shard: expected a Shard, got str"):

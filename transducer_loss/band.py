@@ -156,11 +156,11 @@ class Band:
 
     def to_ranges(self) -> Any:
         """The labels of each row as k2 has them, (B, T, S) int64; those past the last label are there, too."""
-        labels = np.arange(self.width)
-        if not on_host(self.first):
-            with processor_for(self.first) as processor:
+        first, labels = as_array(self.first, "first"), np.arange(int(self.width))
+        if not on_host(first):
+            with processor_for(first) as processor:
                 labels = processor.to_device(labels)
-        return self.first[..., None].astype(np.int64) + labels
+        return first[..., None].astype(np.int64) + labels
 
 
 def _integers(value: Any, name: str, dims: str) -> Any:

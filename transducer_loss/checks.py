@@ -172,8 +172,13 @@ def on_processor(array: Any, processor: Any, name: str) -> Any:
     return array
 
 
+def looked_at(validate: bool | None, *arrays: Any) -> bool:
+    """Whether numbers are checked here: on the host for free, on a device with `validate`; None leaves them to the kernels."""
+    return validate is not None and (validate or all(map(on_host, arrays)))
+
+
 def targets_for(
-    value: Any, processor: Any, labels: Ints, classes: int, options: Options, validate: bool
+    value: Any, processor: Any, labels: Ints, classes: int, options: Options, validate: bool | None
 ) -> Targets:
     """Check labels (B, at least max U_b) and bring them to the processor.
 
@@ -184,7 +189,7 @@ def targets_for(
     batch, longest = len(labels), int(labels.max())
     if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < longest:
         raise ValueError(f"targets: expected shape (B, U) = ({batch}, {longest}), got {tuple(array.shape)}")
-    if on_host(array) or validate:
+    if looked_at(validate, array):
         known = as_numpy(array)
         real = np.arange(known.shape[1])[None] < labels[:, None]
         bad = real & ((known < 0) | (known >= classes))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss.arrays import as_array, as_numpy, on_host
-from transducer_loss.checks import blank_class, on_processor, whole_number
+from transducer_loss.arrays import as_array, as_numpy
+from transducer_loss.checks import blank_class, looked_at, on_processor, whole_number
 from transducer_loss.processors import processor_for
 
 MOST_CLASSES = 1 << 22
@@ -137,7 +137,7 @@ def expect_classes(classes: Any) -> None:
 
 
 def classes_for(
-    classes: Any, processor: Any, vocabulary: int, blank: int, targets: Any, labels: Any, validate: bool
+    classes: Any, processor: Any, vocabulary: int, blank: int, targets: Any, labels: Any, validate: bool | None
 ) -> Classes:
     """Check classes against the utterances they are used for, and bring them to the processor.
 
@@ -153,7 +153,7 @@ def classes_for(
         raise ValueError(f"classes: expected ids and probability of one shape, (K,) or (B, K), got {shapes[0]} and {shapes[1]}")
     if classes.per_utterance and len(classes.ids) != len(labels):
         raise ValueError(f"classes: expected those of {len(labels)} utterances, got {len(classes.ids)}")
-    if (on_host(classes.ids) and on_host(targets)) or validate:
+    if looked_at(validate, classes.ids, targets):
         ids, known = map(as_numpy, (classes.ids, targets))
         for b, length in enumerate(labels):
             missing = ~np.isin(known[b, :length], ids[b] if classes.per_utterance else ids)

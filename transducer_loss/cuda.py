@@ -17,6 +17,10 @@ from transducer_loss.processors import Allocate, OnCuda, address_of
 # cudaDataType_t, in which cuBLAS names its operands.
 _DATA_TYPE = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 
+# Tables of utterances, which a captured CUDA graph reads from the host at every replay: who captures it does not say for how
+# long, so they stay.
+_OF_GRAPHS: list[np.ndarray[Any, Any]] = []
+
 # Kernels are compiled for up to as many threads (see KERNEL in processor.cuh).
 _MOST_THREADS = 512
 
@@ -116,8 +120,15 @@ class Cuda(OnCuda):
     def to_device(self, array: np.ndarray[Any, Any]) -> Any:
         """Copy a host array to the device; CuPy's stream orders it before the kernels."""
         if array.dtype.name == "bfloat16":
-            return cupy.asarray(array.view(np.uint16)).view(array.dtype)
-        return cupy.asarray(array)
+            return self.to_device(array.view(np.uint16)).view(array.dtype)
+        stream = cupy.cuda.get_current_stream()
+        if not stream.is_capturing():
+            return cupy.asarray(array)
+        source = np.ascontiguousarray(array)
+        _OF_GRAPHS.append(source)
+        copy = cupy.empty(source.shape, source.dtype)
+        copy.data.copy_from_host_async(source.ctypes.data, source.nbytes, stream)
+        return copy
 
     def to_host(self, array: Any) -> np.ndarray[Any, Any]:
         """Copy a device array to the host, which synchronises."""

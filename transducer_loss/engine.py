@@ -26,12 +26,22 @@ from transducer_loss.tiling import Problem, plan
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What pass two needs of one group. Never modified."""
+    """What pass two needs of the cells of a group, or of all groups one after the other. Never modified."""
 
     normaliser: Any
     occupancy: tuple[Any, Any]
-    logits: Any
-    """Exponentials of all of the group's cells, or None where they are to be made again."""
+    logits: Any = None
+    """Exponentials of the cells, or None where they are to be made again."""
+
+    @property
+    def vectors(self) -> tuple[Any, Any, Any]:
+        """All but the logits: an array of a number for each cell."""
+        return self.normaliser, *self.occupancy
+
+    def part(self, begin: int, end: int) -> Saved:
+        """Of cells [begin, end)."""
+        normaliser, blank, label = (vector[begin:end] for vector in self.vectors)
+        return Saved(normaliser, (blank, label))
 
 
 @dataclasses.dataclass

@@ -88,7 +88,8 @@ def problem(
     encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
     *, activation: str = "tanh", band: Band | None = None, classes: Classes | None = None, sparse: bool = False,
     shard: Shard | None = None, dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
-    occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None, **options: Any,
+    occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None,
+    **options: Any,
 ) -> Problem:  # fmt: skip
     """Check the arguments of the joint-fused losses."""
     encoder = float_array(encoder, "encoder", "B T H")
@@ -160,9 +161,9 @@ class Forward:
     """(B,) array of the caller's framework."""
     loss: Any
     """(B,) with +inf where there is no path, whatever `native` reports."""
-    saved: list[Saved | None]
-    """One for each group, where the gradient is made later."""
-    gradients: Gradients | None
+    saved: Saved | None
+    """Of all cells, where the gradient is made later."""
+    gradients: Gradients | None = None
 
 
 def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: bool = True, later: bool = False) -> Forward:
@@ -172,39 +173,50 @@ def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: boo
         loss = engine.processor.empty((batch,), of.dtype)
         native, reported = engine.processor.output((batch,), of.dtype)
         now = gradient and not later
+        saved = None
+        if gradient and later:
+            normaliser, *occupancies = (engine.processor.empty((int(of.cells.counts.sum()),), of.dtype) for _ in range(3))
+            saved = Saved(normaliser, (occupancies[0], occupancies[1]))
         gradients = engine.gradients() if now else None
         strips = []
         if gradients is not None:
             strips = engine.strips(gradients)
             weights, weight = engine.scaled(weights, weight, gradients)
 
-        def of_group(group: Group, keep: bool) -> Saved | None:
+        def of_group(group: Group, keep: bool, begin: int) -> None:
             # A function, so that a group's arrays are gone before those of the next are made.
             arcs, logits = engine.arcs(group, keep)
             occupancy = engine.occupancy(group, arcs, loss, reported, gradient)
             if occupancy is None:
-                return None
-            saved = Saved(arcs.normaliser, occupancy, logits)
-            if gradients is None:
-                return saved
-            engine.backward(group, saved, loss, weights, weight, strips, gradients)
-            return None
+                return
+            of_cells = Saved(arcs.normaliser, occupancy, logits)
+            if gradients is not None:
+                engine.backward(group, of_cells, loss, weights, weight, strips, gradients)
+            elif saved is not None:
+                for vector, part in zip(saved.vectors, of_cells.vectors, strict=True):
+                    vector[begin : begin + group.cells] = part
 
-        everything = [of_group(group, retained and now) for group, retained in engine.groups()]
+        begin = 0
+        for group, retained in engine.groups():
+            of_group(group, retained and now, begin)
+            begin += group.cells
         raise_infeasible(engine.processor, loss, of.options)
-        return Forward(native, loss, everything, None if gradients is None else engine.finish(strips, gradients))
+        return Forward(native, loss, saved, None if gradients is None else engine.finish(strips, gradients))
 
 
 def backward(of: Problem, done: Forward, weights: Any) -> Gradients:
     """Gradient of ``sum_b weights_b loss_b`` by pass two alone."""
+    if done.saved is None:
+        raise ValueError("done: expected a forward pass with later=True, got one that made its gradients")
     with running(of) as engine:
         gradients = engine.gradients()
         strips = engine.strips(gradients)
         weights, weight = engine.scaled(weights, 1.0, gradients)
-        for (group, _), saved in zip(engine.groups(), done.saved, strict=True):
-            if saved is None:
-                raise ValueError("done: expected a forward pass with later=True, got one that made its gradients")
-            engine.backward(group, saved, done.loss, weights, weight, strips, gradients)
+        begin = 0
+        for group, _ in engine.groups():
+            part = done.saved.part(begin, begin + group.cells)
+            engine.backward(group, part, done.loss, weights, weight, strips, gradients)
+            begin += group.cells
         return engine.finish(strips, gradients)
 
 
@@ -287,8 +299,9 @@ def joint_rnnt_loss(
         with classes per utterance B K, of which those of common classes come several times.
     shard : Shard, optional
         Where the rows of the output layer lie in several processes: what of them `weight`, `bias` and their gradients are.
-        Labels and blank are classes of the whole vocabulary. Beside two exchanges of 12 and 4 bytes a cell, the gradients of
-        encoder and predictor are summed over the processes.
+        Labels and blank are classes of the whole vocabulary. Four numbers a cell are exchanged, and the gradients of encoder
+        and predictor are summed over the processes. A weight that has to be copied, as rows that are far apart, comes on top
+        of the workspace.
 
     Returns
     -------
@@ -320,9 +333,9 @@ def joint_rnnt_loss(
     """
     of = problem(
         encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, band=band,
-        classes=classes, sparse=sparse, shard=shard, dropout=dropout, seed=seed, workspace=workspace, occupancy_floor=occupancy_floor,
-        validate=validate, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
-        hat=hat, infeasible=infeasible,
+        classes=classes, sparse=sparse, shard=shard, dropout=dropout, seed=seed, workspace=workspace,
+        occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda,
+        delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
     done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:

@@ -163,10 +163,12 @@ class Processor:
 
     def __init__(self, allocate: Allocate) -> None:
         self._allocate = allocate
+        # An allocator may have a place of its own for what the caller is given.
+        self._result: Allocate = getattr(allocate, "result", allocate)
 
     def output(self, shape: tuple[int, ...], dtype: str, zero: bool = False) -> tuple[Any, Any]:
         """An array of the caller's framework, and the NumPy or CuPy view of it that kernels write."""
-        native = self._allocate(shape, dtype)
+        native = self._result(shape, dtype)
         view = as_array(native, "output")
         if zero:
             self.zero(view)
@@ -183,7 +185,7 @@ class Processor:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Uninitialised temporary array, from the caller's framework's memory."""
-        return self.output(shape, dtype)[1]
+        return as_array(self._allocate(shape, dtype), "scratch")
 
 
 class OnCuda(Processor):

@@ -17,6 +17,7 @@ from transducer_loss.checks import (
     float_array,
     integers,
     lengths,
+    looked_at,
     targets_for,
     whole_number,
 )
@@ -187,7 +188,7 @@ def draw(
     return Classes(ids, probability, vocabulary, silent, bool(correction))
 
 
-def _counts(counts: Any, vocabulary: int, validate: bool) -> Any:
+def _counts(counts: Any, vocabulary: int, validate: bool | None) -> Any:
     """Counts of classes (V,)."""
     try:
         array: Any = np.asarray(counts) if isinstance(counts, (list, tuple)) else as_array(counts, "counts")
@@ -196,7 +197,7 @@ def _counts(counts: Any, vocabulary: int, validate: bool) -> Any:
     if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"counts: expected numbers, got dtype {array.dtype.name}")
     expect_shape(array, "counts", "(V,)", (vocabulary,))
-    if on_host(array) or validate:
+    if looked_at(validate, array):
         host = as_numpy(array).astype(np.float64, copy=False)
         bad = ~(np.isfinite(host) & (host >= 0))
         if bad.any():

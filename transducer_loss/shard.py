@@ -11,7 +11,7 @@ from transducer_loss.checks import whole_number
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """This process's part of an output layer whose rows lie in several processes (vocabulary-parallel).
+    """A process's part of an output layer whose rows lie in several processes (vocabulary-parallel).
 
     `joint_rnnt_loss` takes it as ``shard=``: its weight and bias are this part alone, everything else is the same in every
     process, and so are the loss and the gradients of encoder and predictor.
@@ -20,7 +20,8 @@ class Shard:
     ----------
     all_reduce : callable
         ``all_reduce(array, operation)`` combines the processes' arrays in place, by "max" or "sum": a NumPy array, or on CUDA
-        a CuPy array on its current stream. Called equally often, in the same order and with the same shapes, by each process.
+        a CuPy array on its current stream. Called equally often, in the same order and with the same shapes, by each process;
+        so where one of them raises, as for a weight of a wrong shape, the others wait.
     sizes : sequence of int
         Classes of every process, in their order.
     rank : int
@@ -45,6 +46,8 @@ class Shard:
     def __post_init__(self) -> None:
         if not callable(self.all_reduce):
             raise TypeError(f"all_reduce: expected a callable, got {type(self.all_reduce).__name__}")
+        if not isinstance(self.sizes, Sequence):
+            raise TypeError(f"sizes: expected the classes of every process, got {type(self.sizes).__name__}")
         sizes = tuple(whole_number(size, "sizes", 1) for size in self.sizes)
         if whole_number(self.rank, "rank", 0) >= len(sizes):
             raise ValueError(f"rank: expected one of {len(sizes)} processes, got {self.rank}")
@@ -52,12 +55,12 @@ class Shard:
 
     @property
     def first(self) -> int:
-        """This process's first class."""
+        """First class of this process."""
         return sum(self.sizes[: self.rank])
 
     @property
     def classes(self) -> int:
-        """This process's number of classes."""
+        """Number of classes of this process."""
         return self.sizes[self.rank]
 
     @property

@@ -40,7 +40,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Arcs of cells [begin, begin + cells) of the group from their logits, padded or packed, plus a bias.
 
-    With a shard the arcs get the logits of its own classes, and `log_sum` the logarithm of their sum: `join` makes arcs of them.
+    With a shard the arcs get its own logits, and `log_sum` the logarithm of its sum: `join` makes arcs of them.
     """
     count, classes = group.cells if cells is None else cells, logits.shape[-1]
     processor.launch(
@@ -86,8 +86,8 @@ def backward(
     processor.launch(
         f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
         cells, begin, kept, group.table, group.count, group.spans, logits, int(retained), classes,
-        _place(shard, classes)[0], bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights, weight, gradient,
-        alone=True,
+        _place(shard, classes)[0], bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy,
+        weights, weight, gradient, alone=True,
     )  # fmt: skip
 
 

@@ -133,11 +133,13 @@ class Problem:
 
     @property
     def sizes(self) -> Sizes:
-        """What its cuts depend on: those of shards, which meet after every group, on the largest one."""
-        classes = self.projected if self.shard is None else max(self.shard.sizes)
+        """What its cuts depend on: those of shards, which meet after every group, on what all processes know."""
+        classes, copied = self.projected, self.copied
+        if self.shard is not None:
+            classes, copied = max(self.shard.sizes), 0
         return Sizes(
             self.processor, self.joint.encoder.dtype.name, self.cells, classes, self.joint.features, self.workspace,
-            self.cells.first is not None, self.classes is not None, self.one_by_one, self.sparse, self.copied,
+            self.cells.first is not None, self.classes is not None, self.one_by_one, self.sparse, copied,
             self.shard is not None,
         )  # fmt: skip
 
@@ -249,7 +251,8 @@ def allocated(of: Sizes, cuts: Plan, threads: int) -> int:
         rows, columns = int(of.cells.frames[slice(*group)].sum()), int(of.cells.labels[slice(*group)].max()) + 1
         exchange = 4 * scaled * lattice.scratch_columns(columns) * (group[1] - group[0])
         # One after the other: labels of a band's rows are gathered, the lattice runs, gradients are made.
-        return max(80 * rows if of.band else 0, 3 * size * cells + exchange, 5 * size * cells + (16 if of.band else 8) * rows)
+        arcs = (6 if of.sharded else 3) * size * cells
+        return max(80 * rows if of.band else 0, arcs + exchange, 5 * size * cells + (16 if of.band else 8) * rows)
 
     kept = max((cells for cells, keeps in zip(counts, cuts.retained, strict=True) if keeps), default=0)
     return int(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ from transducer_loss.adapters.torch_autograd import (
     plain,
     reduced,
 )
+from transducer_loss.adapters.torch_operators import uncompiled
 from transducer_loss.adapters.torch_packs import Joint, Problem, RandomState, Run
 from transducer_loss.checks import INFEASIBLE, choice, float_array, lengths
 
@@ -77,6 +79,7 @@ def _parameters(joint: Joint, parameters: Iterable[Tensor] | None) -> list[Tenso
     return [parameter for parameter in different.values() if parameter.requires_grad]
 
 
+@functools.partial(uncompiled, reason="samplewise_rnnt_loss differentiates the joint itself: torch.compile the joint")
 def samplewise_rnnt_loss(
     joint: Joint,
     encoder: Tensor,
@@ -149,7 +152,8 @@ def samplewise_rnnt_loss(
     -----
     Gradients of packs are summed in float32 (float64 for float64). Tensor hooks of parameters see the gradient of every pack,
     and then the sum. A joint in ``DistributedDataParallel`` is to be given as it is inside. State that the joint changes when
-    it is called, as of batch normalisation, changes once for every pack, and with "none" again in backward.
+    it is called, as of batch normalisation, changes once for every pack, and with "none" again in backward. In a graph of
+    `torch.compile` it is a break: compile the joint instead.
 
     Examples
     --------

@@ -1,0 +1,225 @@
+"""Keras 3 on its TensorFlow backend: a loss of logits for ``compile`` and ``fit``, and a joint network with its loss inside.
+
+Losses cannot be compiled by XLA: `RNNTJoint` tells Keras so, and a model without one takes ``compile(..., jit_compile=False)``
+where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from transducer_loss.adapters.tensorflow_joint import joint_rnnt_loss
+from transducer_loss.adapters.tensorflow_logits import rnnt_loss
+from transducer_loss.checks import choice, finite, whole_number
+from transducer_loss.joint import ACTIVATIONS
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"keras: expected the TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before it"
+    )
+
+__all__ = ["RNNTJoint", "RNNTLoss"]
+
+_registered = keras.saving.register_keras_serializable("transducer_loss")
+
+
+def _counts(real: Any, name: str) -> Any:
+    """Lengths (B,) of what is real, which has to come before the padding."""
+    if real.shape.rank != 2:
+        raise ValueError(f"{name}: expected two dimensions, got shape {real.shape}")
+    counts = tf.reduce_sum(tf.cast(real, tf.int32), axis=1)
+    first = tf.sequence_mask(counts, tf.shape(real)[1])
+    check = tf.debugging.assert_equal(real, first, f"{name}: expected padding at the end alone, got some before the end")
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(counts)
+
+
+def _frames(mask: Any, padded: Any) -> Any:
+    """Lengths (B,) by a mask (B, T); all of T where there is none."""
+    if mask is None:
+        return tf.fill(tf.shape(padded)[:1], tf.shape(padded)[1])
+    return _counts(tf.cast(mask, tf.bool), "mask")
+
+
+class _Reduced(keras.losses.Loss):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return y_pred
+
+
+@_registered
+class RNNTLoss(keras.losses.Loss):
+    """Transducer loss of logits, for ``model.compile(loss=RNNTLoss())``.
+
+    ``y_pred`` are logits (B, T, U+1, V) of any float dtype, which are not cast; the frames of each utterance are counted in
+    their Keras mask (B, T), as `RNNTJoint` hands it on, and without a mask all T are real. ``y_true`` are labels (B, U),
+    padded with -1. ``sample_weight`` (B,) weighs utterances.
+
+    Parameters
+    ----------
+    reduction : {"sum_over_batch_size", "mean", "mean_with_sample_weight", "sum", "none"}
+        As of every Keras loss: the first two are the mean over the batch.
+    name : str
+    dtype : ignored
+        The loss is float32, or float64 for float64 logits.
+    **options
+        Keywords of `transducer_loss.adapters.tensorflow.rnnt_loss`, but for `band`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from transducer_loss.adapters.keras import RNNTLoss
+    >>> loss = RNNTLoss(fastemit_lambda=0.01)(np.array([[1, 2, -1]]), np.zeros((1, 4, 3, 5), "float32"))
+    >>> print(f"{float(loss):.4f}")
+    7.3540
+    """
+
+    def __init__(
+        self, reduction: str = "sum_over_batch_size", name: str = "rnnt_loss", dtype: Any = None, **options: Any
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self.options = options
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Losses (B,)."""
+        mask = getattr(y_pred, "_keras_mask", None)
+        targets, logits = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
+        return rnnt_loss(logits, targets, _frames(mask, logits), _counts(targets >= 0, "y_true"), **self.options)
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Weighted and reduced losses."""
+        losses = self.call(y_true, y_pred)
+        reduced = _Reduced(name=self.name, reduction=self.reduction, dtype=losses.dtype.name)
+        return reduced(losses, losses, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {**super().get_config(), **self.options}
+
+
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "tanh": tf.tanh, "relu": tf.nn.relu, "leaky_relu": functools.partial(tf.nn.leaky_relu, alpha=0.01), "sigmoid": tf.sigmoid,
+    "gelu": tf.nn.gelu, "gelu_tanh": functools.partial(tf.nn.gelu, approximate=True), "silu": tf.nn.silu,
+    "identity": tf.identity,
+}  # fmt: skip
+
+
+@_registered
+class RNNTJoint(keras.layers.Layer):
+    """Joint network ``weight @ activation(encoder + predictor) + bias``: logits, or the loss without them.
+
+    Called with `targets`, as in training, it adds the mean of `joint_rnnt_loss` to the model's losses, so that ``compile`` is
+    given none, and returns the losses (B,). Called without, as for decoding, it returns logits (B, T, U+1, V) with the mask of
+    the frames, made by plain TensorFlow: ``model.export()`` of such a model needs no transducer_loss where it is served.
+
+    Parameters
+    ----------
+    classes : int
+        V.
+    activation : {"tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity"}
+    use_bias : bool
+    dropout : float
+        Of the hidden features, in training.
+    kernel_initializer, bias_initializer
+        Of Keras.
+    loss_options : dict, optional
+        Other keywords of `joint_rnnt_loss`, as ``{"blank": 0, "fastemit_lambda": 0.01}``.
+    **kwargs
+        Of `keras.layers.Layer`.
+
+    Attributes
+    ----------
+    weight : (V, H) variable
+        The transposed kernel of a ``Dense(V)``.
+    bias : (V,) variable or None
+
+    Examples
+    --------
+    >>> import keras, numpy as np
+    >>> from transducer_loss.adapters.keras import RNNTJoint
+    >>> joint = RNNTJoint(50)
+    >>> encoder, predictor = np.zeros((2, 30, 16), "float32"), np.zeros((2, 8, 16), "float32")
+    >>> joint(encoder, predictor).shape
+    TensorShape([2, 30, 8, 50])
+    >>> joint(encoder, predictor, targets=np.full((2, 7), 3)).shape, len(joint.losses)
+    (TensorShape([2]), 1)
+    """
+
+    def __init__(
+        self, classes: int, *, activation: str = "tanh", use_bias: bool = True, dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform", bias_initializer: Any = "zeros", loss_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**kwargs)
+        choice(activation, ACTIVATIONS, "activation")
+        if not 0.0 <= finite(dropout, "dropout") < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+        self.classes, self.activation, self.use_bias = whole_number(classes, "classes", 1), activation, use_bias
+        self.dropout, self.loss_options = dropout, dict(loss_options or {})
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.seed_generator = keras.random.SeedGenerator() if dropout else None
+        self.supports_masking, self.supports_jit = True, False
+
+    def build(self, encoder_shape: Any, predictor_shape: Any) -> None:
+        """Make the output layer."""
+        features = encoder_shape[-1]
+        if predictor_shape[-1] != features:
+            raise ValueError(f"predictor: expected shape (B, U+1, H) of H = {features} as encoder, got {predictor_shape}")
+        self.weight = self.add_weight(
+            name="weight", shape=(self.classes, features), initializer=self.kernel_initializer
+        )
+        self.bias = (
+            self.add_weight(name="bias", shape=(self.classes,), initializer=self.bias_initializer) if self.use_bias else None
+        )
+
+    def call(
+        self, encoder: Any, predictor: Any, targets: Any = None, encoder_lengths: Any = None, target_lengths: Any = None,
+        training: bool = False, encoder_mask: Any = None,
+    ) -> Any:  # fmt: skip
+        """Logits, or losses where there are targets.
+
+        Parameters
+        ----------
+        encoder : (B, T, H) tensor
+        predictor : (B, U+1, H) tensor
+        targets : (B, U) tensor of int, optional
+            Padded with -1, or with anything where there are `target_lengths`.
+        encoder_lengths, target_lengths : (B,) tensor of int, optional
+            Instead of the mask of the encoder and of the labels' padding.
+        training : bool
+            Whether dropout acts.
+        encoder_mask : (B, T) tensor of bool, optional
+            Found by Keras.
+        """
+        if targets is None:
+            hidden = _ACTIVATIONS[self.activation](encoder[:, :, None] + predictor[:, None])
+            if self.dropout and training:
+                hidden = keras.random.dropout(hidden, self.dropout, seed=self.seed_generator)
+            logits = tf.matmul(hidden, tf.convert_to_tensor(self.weight), transpose_b=True)
+            return logits if self.bias is None else logits + tf.convert_to_tensor(self.bias)
+        targets = tf.convert_to_tensor(targets)
+        losses = joint_rnnt_loss(
+            encoder, predictor, self.weight, self.bias, targets,
+            _frames(encoder_mask, encoder) if encoder_lengths is None else encoder_lengths,
+            _counts(targets >= 0, "targets") if target_lengths is None else target_lengths,
+            activation=self.activation, dropout=self.dropout if training else 0.0, **self.loss_options,
+        )  # fmt: skip
+        self.add_loss(tf.reduce_mean(losses))
+        return losses
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        """The frames' mask (B, T)."""
+        return previous_mask
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {
+            **super().get_config(), "classes": self.classes, "activation": self.activation, "use_bias": self.use_bias,
+            "dropout": self.dropout, "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer), "loss_options": self.loss_options,
+        }  # fmt: skip
