@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,8 @@ from transducer_loss.adapters.tensorflow_logits import rnnt_loss
 from transducer_loss.arrays import COMPUTE, as_array
 from transducer_loss.cells import Ints
 from transducer_loss.checks import Options, choice, lengths, targets_for, whole_number
+from transducer_loss.logits_loss import expect_paths
+from transducer_loss.packs import gradient_scale, packs_of
 from transducer_loss.processors import processor_for
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -46,18 +47,6 @@ class _Run:
     frames: Ints
     labels: Ints
 
-    def packs(self) -> list[tuple[int, int]]:
-        """First and past the last utterance of each pack."""
-        packs: list[tuple[int, int]] = []
-        begin = 0
-        for end in range(1, len(self.frames) + 1):
-            part = slice(begin, end + 1)
-            cells = (end + 1 - begin) * self.frames[part].max() * (self.labels[part].max() + 1)
-            if end == len(self.frames) or cells > self.pack:
-                packs.append((begin, end))
-                begin = end
-        return packs
-
     def losses_of(self, begin: int, end: int) -> tuple[Any, Any, Any]:
         """Losses of utterances [begin, end); and what of encoder and predictor they were made of."""
         frames, labels = self.frames[begin:end], self.labels[begin:end]
@@ -80,16 +69,15 @@ class _Run:
 
     def forward(self) -> Any:
         """Losses (B,)."""
-        return tf.concat([self.losses_of(*each)[0] for each in self.packs()], 0)
+        return tf.concat([self.losses_of(*each)[0] for each in packs_of(self.frames, self.labels, self.pack)], 0)
 
     def with_gradients(self, weights: Any, share: float) -> tuple[Any, list[Any]]:
         """Losses, and gradients of ``share * sum_b weights_b loss_b`` by encoder, predictor and variables.
 
-        Without weights they are 1, and gradients of logits are made larger by a power of two, as float16 needs it where loss
-        scaling comes later. Over all cells those of a class sum to at most twice the steps of a path.
+        Without weights they are 1, and gradients of logits are made larger by a power of two.
         """
         losses, parts, sums = [], [], [None] * len(self.variables)
-        todo = self.packs()[::-1]
+        todo = packs_of(self.frames, self.labels, self.pack)[::-1]
         while todo:
             begin, end = todo.pop()
             with tf.GradientTape() as tape:
@@ -100,9 +88,10 @@ class _Run:
             if not finite and end - begin > 1:  # its NaN would reach the others by way of the variables: one by one, then
                 todo.extend((b, b + 1) for b in reversed(range(begin, end)))
                 continue
-            steps = int(self.frames[begin:end].sum() + self.labels[begin:end].sum())
-            largest = 2 * steps * (1 + self.options["fastemit_lambda"])
-            scale = 2.0 ** (13 - math.frexp(largest)[1]) if weights is None else 1.0
+            part = slice(begin, end)
+            scale = 1.0
+            if weights is None:
+                scale = gradient_scale(self.frames[part], self.labels[part], self.options["fastemit_lambda"])
             upstream = tf.fill([end - begin], tf.cast(scale, loss.dtype)) if weights is None else weights[begin:end]
             made = tape.gradient(loss, [encoder, predictor, *self.variables], upstream)
             del tape
@@ -285,9 +274,8 @@ def samplewise_rnnt_loss(
         )  # fmt: skip
 
     def reported(loss: Any) -> Any:
-        without = np.flatnonzero(np.isposinf(loss))
-        if infeasible == "raise" and without.size:
-            raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
+        if infeasible == "raise":
+            expect_paths(loss.numpy())
         return tf.cast(loss, real)
 
     def forward(arguments: Any) -> list[Any]:

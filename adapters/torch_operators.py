@@ -89,7 +89,7 @@ def core_arguments(tensor: Tensor) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def caller(where: Tensor | torch.device) -> Iterator[None]:
-    """CuPy's device, stream and memory are per thread, and autograd's backward runs in another one: set them from the tensor."""
+    """CuPy's device, stream and memory are per thread, and autograd's backward has another one: set them from the tensor."""
     device = where.device if isinstance(where, Tensor) else where
     if device.type != "cuda":
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from transducer_loss.adapters.torch_autograd import caller, expect_tensor, logits_losses
 from transducer_loss.cells import Ints
 from transducer_loss.checks import Options, float_array, targets_for
+from transducer_loss.packs import gradient_scale, packs_of
 from transducer_loss.processors import processor_for
 
 Joint = Callable[[Tensor, Tensor], Tensor]
@@ -36,26 +36,6 @@ class Problem:
     autocast: dict[str, Any]
     """As it was where the loss was called. Casts are not cached: older torch finds those made without a graph again."""
     checked: bool = False
-
-    def packs(self) -> list[tuple[int, int]]:
-        """First and past the last utterance of each pack."""
-        packs, begin, batch = [], 0, len(self.frames)
-        for end in range(1, batch + 1):
-            longer = slice(begin, end + 1)
-            cells = (end + 1 - begin) * self.frames[longer].max() * (self.labels[longer].max() + 1)
-            if end == batch or cells > self.pack:
-                packs.append((begin, end))
-                begin = end
-        return packs
-
-    def scale(self, begin: int, end: int) -> float:
-        """Power of two that a pack's gradient is made with while the upstream one is not known.
-
-        Logits of float16 would lose the small parts of their gradient, for loss scaling comes later. Over all cells the
-        gradient of a class sums to at most twice the steps of a path, so that 2 ** 13 leaves hidden features of 8 in range.
-        """
-        steps = int(self.frames[begin:end].sum() + self.labels[begin:end].sum())
-        return 2.0 ** (13 - math.frexp(2 * steps * (1 + self.options["fastemit_lambda"]))[1])
 
     def check(self, logits: Tensor) -> None:
         """Check of the whole batch what needs the number of classes, so that errors tell an utterance's own index."""
@@ -160,7 +140,7 @@ class Run:
 
     def forward(self, share: float | None) -> tuple[Tensor, list[tuple[int, int]]]:
         """Losses (B,), and the packs they were made in; with `share` add the gradients of ``share * sum_b loss_b``."""
-        losses, done, todo = [], [], self.of.packs()[::-1]
+        losses, done, todo = [], [], packs_of(self.of.frames, self.of.labels, self.of.pack)[::-1]
         while todo:
             begin, end = todo.pop()
             random = RandomState(self.inputs[0].device) if self.graph and end - begin > 1 else None
@@ -171,7 +151,8 @@ class Run:
                 todo.extend((b, b + 1) for b in reversed(range(begin, end)))
             else:
                 if share is not None:
-                    scale = self.of.scale(begin, end)
+                    part = slice(begin, end)
+                    scale = gradient_scale(self.of.frames[part], self.of.labels[part], self.of.options["fastemit_lambda"])
                     self.add_gradients(begin, loss, leaves, torch.full_like(loss, scale), share / scale)
                 losses.append(loss.detach())
                 done.append((begin, end))

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,13 +20,12 @@ from transducer_loss.adapters.torch_autograd import (
 from transducer_loss.adapters.torch_operators import uncompiled
 from transducer_loss.adapters.torch_packs import Joint, Problem, RandomState, Run
 from transducer_loss.checks import INFEASIBLE, choice, float_array, lengths
+from transducer_loss.logits_loss import expect_paths
 
 
 def _reported(loss: Tensor, infeasible: str, reduction: str) -> Tensor:
     if infeasible == "raise":
-        without = np.flatnonzero(loss.isposinf().cpu().numpy())
-        if without.size:
-            raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
+        expect_paths(loss.cpu().numpy())
     if infeasible == "zero":
         loss = loss.masked_fill(loss.isposinf(), 0)
     return reduced(loss, reduction)

@@ -116,9 +116,14 @@ def weights_of(of: Any, weights: Any) -> Any:
 def raise_infeasible(processor: Any, loss: Any, options: Options) -> None:
     """Raise where an utterance has no path and ``infeasible="raise"``; synchronises, then."""
     if options.infeasible == "raise":
-        without = np.flatnonzero(np.isposinf(processor.to_host(loss)))
-        if without.size:
-            raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
+        expect_paths(processor.to_host(loss))
+
+
+def expect_paths(loss: np.ndarray[Any, Any]) -> None:
+    """Raise unless every utterance has a path, as losses (B,) on the host tell."""
+    without = np.flatnonzero(np.isposinf(loss))
+    if without.size:
+        raise ValueError(f"targets: expected a path for every utterance, got none for utterances {without.tolist()}")
 
 
 def rnnt_loss(

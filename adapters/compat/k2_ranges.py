@@ -101,6 +101,8 @@ def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Ten
     for value, name in ((am, "am"), (lm, "lm")):
         expect_rows(value, name)
     batch, frames = am.shape[:2]
+    if lm.shape[0] != batch:
+        raise ValueError(f"lm: expected shape (B, S+1, C) of B = {batch} as am, got {tuple(lm.shape)}")
     band = band_of(ranges, (batch, frames), [frames] * batch, [lm.shape[1] - 1] * batch)
     return am[:, :, None].expand(-1, -1, ranges.shape[2], -1), losses.gather_predictor(lm, band)
 
