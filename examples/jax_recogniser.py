@@ -98,7 +98,8 @@ def train(utterances: list[Utterance], steps: int, seed: int) -> tuple[Recognise
     warm_up = optax.linear_schedule(0.0, 1.0, recipe.WARM_UP_STEPS)
     decay = optax.cosine_decay_schedule(recipe.PEAK_LEARNING_RATE, steps)
     rule = optax.chain(
-        optax.clip_by_global_norm(recipe.LARGEST_GRADIENT_NORM), optax.adamw(lambda step: warm_up(step + 1) * decay(step))
+        optax.clip_by_global_norm(recipe.LARGEST_GRADIENT_NORM),
+        optax.adamw(lambda step: warm_up(step + 1) * decay(step), weight_decay=recipe.WEIGHT_DECAY),
     )
     optimiser = nnx.Optimizer(model, rule, wrt=nnx.Param)
     batches = spoken_numbers.batches(utterances, recipe.BATCH_SIZE, np.random.default_rng(seed), MULTIPLES)

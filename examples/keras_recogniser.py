@@ -96,7 +96,9 @@ def train(utterances: list[Utterance], steps: int, seed: int) -> tuple[Recognise
     keras.utils.set_random_seed(seed)
     model = Recogniser()
     model.encoder.normalise.adapt(np.concatenate([utterance.features for utterance in utterances]))
-    model.compile(keras.optimizers.AdamW(learning_rate(steps), global_clipnorm=recipe.LARGEST_GRADIENT_NORM))
+    model.compile(
+        keras.optimizers.AdamW(learning_rate(steps), recipe.WEIGHT_DECAY, global_clipnorm=recipe.LARGEST_GRADIENT_NORM)
+    )
     rng = np.random.default_rng(seed)
     batches = tf.data.Dataset.from_generator(
         lambda: map(vars, spoken_numbers.batches(utterances, recipe.BATCH_SIZE, rng)), output_signature=SIGNATURE

@@ -28,7 +28,15 @@ import pictures
 import recipe
 import spoken_numbers
 import transducer_loss
-from recipe import BATCH_SIZE, PEAK_LEARNING_RATE, SUBSAMPLING, WARM_UP_STEPS, WIDTH, character_error_rate
+from recipe import (
+    BATCH_SIZE,
+    PEAK_LEARNING_RATE,
+    SUBSAMPLING,
+    WARM_UP_STEPS,
+    WEIGHT_DECAY,
+    WIDTH,
+    character_error_rate,
+)
 from spoken_numbers import BLANK, Batch, Utterance
 from transducer_loss import Band, Classes, Grads, Occupancy
 from transducer_loss.adapters.torch import JointRNNTLoss, PrunedRNNTLoss, sample_classes
@@ -208,7 +216,7 @@ def train(model: Recogniser, training: list[Utterance], held_out: list[Utterance
     rng = np.random.default_rng(seed)
     device = model.output.weight.device
     model.encoder.normalise_by(np.concatenate([utterance.features for utterance in training]))
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     held_out_batch = TensorBatch.of(spoken_numbers.batch(held_out), device)
     batches = spoken_numbers.batches(training, BATCH_SIZE, rng)
     done = Training()

@@ -78,7 +78,7 @@ def test_check_as_json_is_one_object_and_nothing_else() -> None:
     found = json.loads(done.stdout)
     assert (found["device"], found["passed"], found["failed"]) == ("cpu", True, 0)
     called = {(row["function"], row["topology"], row["dtype"], row["variant"]) for row in found["rows"]}
-    assert len(called) == len(found["rows"]) == 3 * 4 * (6 + 7 + 4)  # topologies, dtypes, variants of each loss
+    assert len(called) == len(found["rows"]) == 3 * 4 * (7 + 7 + 4)  # topologies, dtypes, variants of each loss
     # An error of exactly zero everywhere would mean that the reference was compared with itself.
     assert all(0 < row["gradient_error"] <= row["gradient_budget"] for row in found["rows"])
     assert "checking joint_rnnt_loss constrained hat" in done.stderr
@@ -101,7 +101,7 @@ def test_works_without_rich_and_cupy() -> None:
     done = python(WITHOUT_RICH_AND_CUPY, "check", *QUICK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
-    assert done.stdout.splitlines()[-1] == "cpu: 18 of 18 passed"
+    assert done.stdout.splitlines()[-1] == "cpu: 21 of 21 passed"
 
     done = python(WITHOUT_RICH_AND_CUPY, "check", "--device", "cuda:0", "--json", *QUICK)
     assert (done.returncode, done.stdout) == (2, "")
@@ -286,7 +286,7 @@ sys.exit(main(sys.argv[1:]))
     done = python(code, "check", "--device", "cpu", *QUICK, "--json")
     assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
-    assert (found["passed"], found["failed"]) == (False, 12)
+    assert (found["passed"], found["failed"]) == (False, 14)
     verdicts = {(row["topology"], row["passed"], row["problem"], row["loss_error"] is None) for row in found["rows"]}
     assert verdicts == {
         ("regular", True, "", False),
@@ -297,7 +297,7 @@ sys.exit(main(sys.argv[1:]))
     done = python(code, "check", "--device", "cpu", *QUICK)
     assert done.returncode == 1
     assert "FAILED" in done.stdout
-    assert done.stdout.splitlines()[-1] == "cpu: 6 of 18 passed"
+    assert done.stdout.splitlines()[-1] == "cpu: 7 of 21 passed"
 
 
 def test_every_loss_is_checked() -> None:

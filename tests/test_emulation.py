@@ -5,8 +5,10 @@ The results are compared with those of the same kernels as the host runs them. W
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -46,6 +48,21 @@ def check(case: Case, driver: Driver) -> None:
     expect_equal(case.on(case.emulated(driver)), case.on(case.plain()), case.rounding)
 
 
+# Blocks of hundreds of threads, and many tiles: five seconds and more each where every access is watched.
+LONG = re.compile("block-1024|wide|made-again|groups|strips")
+
+
+def _runs() -> list[Any]:
+    return [
+        pytest.param(
+            sanitizer, case, id=f"{sanitizer}-{case.name}",
+            marks=pytest.mark.slow if sanitizer == "thread" and LONG.search(case.name) else [],
+        )
+        for sanitizer in SANITIZERS
+        for case in CASES
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=SANITIZERS)
 def driver(request: pytest.FixtureRequest, builds: Builds) -> Iterator[Driver]:
     begun = {sanitizer: builds.start(sanitizer) for sanitizer in SANITIZERS}
@@ -53,7 +70,7 @@ def driver(request: pytest.FixtureRequest, builds: Builds) -> Iterator[Driver]:
         yield process
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("driver", "case"), _runs(), indirect=["driver"])
 def test_equals_the_host(driver: Driver, case: Case) -> None:
     check(case, driver)
 

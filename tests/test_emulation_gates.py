@@ -176,7 +176,9 @@ def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
     expected = case.on(case.plain())
     patience = {"EMULATOR_PATIENCE": "1"} if "hang" in defect.seen else None
     with contextlib.closing(Driver(program, patience)) as driver, pytest.raises(AssertionError) as fault:
-        expect_equal(case.on(case.emulated(driver)), expected, case.rounding)
+        # A race is seen where its two threads come close enough, which on a busy machine they may not at once.
+        for _ in range(5 if defect.seen == RACE else 1):
+            expect_equal(case.on(case.emulated(driver)), expected, case.rounding)
     assert re.search(defect.seen, str(fault.value))
 
 

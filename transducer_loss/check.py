@@ -204,7 +204,7 @@ def check(
     --------
     >>> rows = check("cpu", functions=["rnnt_loss"], dtypes=["float32"])
     >>> len(rows), all(row.passed for row in rows)
-    (18, True)
+    (21, True)
     """
     for name, asked, known in (("functions", functions, FUNCTIONS), ("dtypes", dtypes, FLOATS)):
         for one in asked:

@@ -36,7 +36,7 @@ class Shard:
     >>> encoder, predictor, weight = np.ones((1, 4, 3)), np.ones((1, 3, 3)), np.ones((5, 3))
     >>> loss, grads = tl.joint_rnnt_loss(encoder, predictor, weight, None, [[1, 2]], [4], [2], shard=shard)
     >>> loss
-    array([7.35404252])
+    array([7.35404238])
     """
 
     all_reduce: Callable[[Any, str], None]
