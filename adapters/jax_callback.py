@@ -75,7 +75,8 @@ def _place(context: Any, scratch: Any, buffer: Any) -> Iterator[tuple[Any, Any]]
         allocator = cupy.get_default_memory_pool().malloc
         if scratch is not None:
             room = cupy.asarray(scratch)
-            pool = cupy.cuda.MemoryPool(lambda size: room.data if size == room.nbytes else allocator(size))
+            rooms, more = [room.data], allocator  # the room is handed out once, as the pool may ask for as much again
+            pool = cupy.cuda.MemoryPool(lambda size: rooms.pop() if rooms else more(size))
             pool.malloc(room.nbytes)  # at once free again: the one piece that all others are cut from
             allocator = pool.malloc
         with cupy.cuda.using_allocator(allocator):

@@ -128,11 +128,12 @@ def rnnt_loss(
 
     Notes
     -----
-    A callback on XLA's own buffers and stream: nothing is copied to the host but lengths that are on a device. Forward keeps 12
-    bytes a cell (24 for float64), the padding included, and backward writes the gradient with the true upstream weights. Under
-    ``vmap`` one call follows the other; batches belong in the batch axis. Arrays that ``jit`` has sharded by itself are
-    gathered on every device: use ``jax.shard_map``, under which each device works on its own utterances. Second derivatives
-    and forward mode raise.
+    A callback on XLA's own buffers and stream: nothing is copied to the host but lengths that are on a device. A call outside
+    ``jit`` copies targets, `band` and, in `joint_rnnt_loss`, `classes` from there, too, as it checks them: compile a whole
+    step. Forward keeps 12 bytes a cell (24 for float64), the padding included, and backward writes the gradient with the true
+    upstream weights. Under ``vmap`` one call follows the other; batches belong in the batch axis. Arrays that ``jit`` has
+    sharded by itself are gathered on every device: use ``jax.shard_map``, under which each device works on its own utterances.
+    Second derivatives and forward mode raise.
 
     Examples
     --------

@@ -107,7 +107,7 @@ def sample_classes(
         checks.float_array(shape_of(logits), "ctc_logits", "B T V")
         checks.expect_shape(logits, "ctc_logits", "(B, T, V)", (size, logits.shape[1], vocabulary))
         checks.lengths(known.frames, "ctc_lengths", size, 1, logits.shape[1], "T")
-        arrays["ctc_logits"] = jax.lax.stop_gradient(logits)
+        arrays["ctc_logits"] = logits
         room += 12 * size * logits.shape[1]
     slots = min(vocabulary, 1 + (columns if each else size * columns) + samples)
     shape = (size, slots) if each else (slots,)
@@ -117,7 +117,7 @@ def sample_classes(
     )  # fmt: skip
     ids, probability = call(
         _draw, options, ((shape, "int32"), (shape, "float32")),
-        *alike(batch.on_device(), arrays, words_of(seed, "seed"), words_of(step, "step")),
+        *alike(batch.on_device(), jax.lax.stop_gradient(arrays), words_of(seed, "seed"), words_of(step, "step")),
         scratch=device_bytes("float32", 0, size, room + (17 << 20)),
     )  # fmt: skip
     return Classes(ids, probability, vocabulary, silent, bool(correction))
@@ -168,5 +168,6 @@ def labels_in(classes: Classes, targets: Any, target_lengths: Any, *, validate: 
     known = batch.known()
     output_layer.found_in(known.classes, known.targets, known.labels, validate)
     options, results = (("validate", True if validate else None),), ((batch.targets.shape, "int32"),)
-    (slots,) = call(_find, options, results, *alike(batch.on_device()), scratch=device_bytes("float32", 0))
+    (on_device,) = alike(jax.lax.stop_gradient(batch.on_device()))
+    (slots,) = call(_find, options, results, on_device, scratch=device_bytes("float32", 0))
     return slots

@@ -7,15 +7,17 @@ where there is a GPU.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from transducer_loss.adapters.tensorflow_graph import check_options
 from transducer_loss.adapters.tensorflow_joint import joint_rnnt_loss
 from transducer_loss.adapters.tensorflow_logits import rnnt_loss
-from transducer_loss.checks import choice, finite, whole_number
+from transducer_loss.checks import Options, choice, finite, whole_number
 from transducer_loss.joint import ACTIVATIONS
 
 if keras.backend.backend() != "tensorflow":
@@ -46,6 +48,19 @@ def _frames(mask: Any, padded: Any) -> Any:
     return _counts(tf.cast(mask, tf.bool), "mask")
 
 
+def _expect_options(options: dict[str, Any], function: Any, own: set[str], classes: int, name: str) -> None:
+    """Raise for what is no keyword of a function or one of the class's `own`, and for values of those that all losses share."""
+    keywords = {
+        key: each.default for key, each in inspect.signature(function).parameters.items()
+        if each.kind is inspect.Parameter.KEYWORD_ONLY and key not in own
+    }  # fmt: skip
+    odd = sorted(options.keys() - keywords.keys())
+    if odd:
+        raise TypeError(f"{name}: expected some of {', '.join(keywords)}, got {', '.join(odd)}")
+    shared = inspect.signature(Options.checked).parameters
+    check_options(classes, **{key: value for key, value in {**keywords, **options}.items() if key in shared})
+
+
 class _Reduced(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         return y_pred
@@ -57,7 +72,11 @@ class RNNTLoss(keras.losses.Loss):
 
     ``y_pred`` are logits (B, T, U+1, V) of any float dtype, which are not cast; the frames of each utterance are counted in
     their Keras mask (B, T), as `RNNTJoint` hands it on, and without a mask all T are real. ``y_true`` are labels (B, U),
-    padded with -1. ``sample_weight`` (B,) weighs utterances.
+    padded with -1. ``sample_weight`` (B,) weighs utterances. Leave out ``class_weight``, which Keras would look up by the place
+    of the highest of an utterance's labels.
+
+    Plain operations, as of `keras.ops`, lose the mask, and padding then counts as frames without a word: where there is to be a
+    mask, say ``require_mask=True``. A layer hands it on that says ``self.supports_masking = True``.
 
     Parameters
     ----------
@@ -66,8 +85,15 @@ class RNNTLoss(keras.losses.Loss):
     name : str
     dtype : ignored
         The loss is float32, or float64 for float64 logits.
+    require_mask : bool
+        Raise for logits without a mask.
     **options
         Keywords of `transducer_loss.adapters.tensorflow.rnnt_loss`, but for `band`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no option, at once; for the rest as of `rnnt_loss`, and where the mask is required and lost.
 
     Examples
     --------
@@ -79,14 +105,20 @@ class RNNTLoss(keras.losses.Loss):
     """
 
     def __init__(
-        self, reduction: str = "sum_over_batch_size", name: str = "rnnt_loss", dtype: Any = None, **options: Any
-    ) -> None:
+        self, reduction: str = "sum_over_batch_size", name: str = "rnnt_loss", dtype: Any = None, *, require_mask: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        self.options = options
+        _expect_options(options, rnnt_loss, {"band"}, 1 << 31, "RNNTLoss")  # how many classes there are comes with the logits
+        self.require_mask, self.options = bool(require_mask), options
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
         """Losses (B,)."""
         mask = getattr(y_pred, "_keras_mask", None)
+        if mask is None and self.require_mask:
+            raise ValueError(
+                "y_pred: expected a Keras mask (B, T) with require_mask=True, got none: a layer or operation has lost it"
+            )
         targets, logits = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
         return rnnt_loss(logits, targets, _frames(mask, logits), _counts(targets >= 0, "y_true"), **self.options)
 
@@ -98,7 +130,7 @@ class RNNTLoss(keras.losses.Loss):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        return {**super().get_config(), **self.options}
+        return {**super().get_config(), "require_mask": self.require_mask, **self.options}
 
 
 _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
@@ -116,6 +148,9 @@ class RNNTJoint(keras.layers.Layer):
     given none, and returns the losses (B,). Called without, as for decoding, it returns logits (B, T, U+1, V) with the mask of
     the frames, made by plain TensorFlow: ``model.export()`` of such a model needs no transducer_loss where it is served.
 
+    Keras hands ``fit(sample_weight=, class_weight=)`` to compiled losses alone: they do not weigh the loss added here. The
+    argument `sample_weight` of the call does, an input of the model as `targets` are.
+
     Parameters
     ----------
     classes : int
@@ -127,7 +162,7 @@ class RNNTJoint(keras.layers.Layer):
     kernel_initializer, bias_initializer
         Of Keras.
     loss_options : dict, optional
-        Other keywords of `joint_rnnt_loss`, as ``{"blank": 0, "fastemit_lambda": 0.01}``.
+        Other keywords of `joint_rnnt_loss`, as ``{"blank": 0, "fastemit_lambda": 0.01}``; what is none raises at once.
     **kwargs
         Of `keras.layers.Layer`.
 
@@ -160,6 +195,8 @@ class RNNTJoint(keras.layers.Layer):
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.classes, self.activation, self.use_bias = whole_number(classes, "classes", 1), activation, use_bias
         self.dropout, self.loss_options = dropout, dict(loss_options or {})
+        own = {"activation", "band", "classes", "dropout", "sparse"}
+        _expect_options(self.loss_options, joint_rnnt_loss, own, self.classes, "loss_options")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed_generator = keras.random.SeedGenerator() if dropout else None
@@ -179,7 +216,7 @@ class RNNTJoint(keras.layers.Layer):
 
     def call(
         self, encoder: Any, predictor: Any, targets: Any = None, encoder_lengths: Any = None, target_lengths: Any = None,
-        training: bool = False, encoder_mask: Any = None,
+        training: bool = False, encoder_mask: Any = None, sample_weight: Any = None,
     ) -> Any:  # fmt: skip
         """Logits, or losses where there are targets.
 
@@ -195,6 +232,8 @@ class RNNTJoint(keras.layers.Layer):
             Whether dropout acts.
         encoder_mask : (B, T) tensor of bool, optional
             Found by Keras.
+        sample_weight : (B,) tensor, optional
+            Weighs the utterances in the added loss, which stays a mean over the batch; the losses returned are not weighted.
         """
         if targets is None:
             hidden = _ACTIVATIONS[self.activation](encoder[:, :, None] + predictor[:, None])
@@ -209,12 +248,20 @@ class RNNTJoint(keras.layers.Layer):
             _counts(targets >= 0, "targets") if target_lengths is None else target_lengths,
             activation=self.activation, dropout=self.dropout if training else 0.0, **self.loss_options,
         )  # fmt: skip
-        self.add_loss(tf.reduce_mean(losses))
+        weights = 1 if sample_weight is None else tf.reshape(tf.cast(sample_weight, losses.dtype), tf.shape(losses))
+        self.add_loss(tf.reduce_mean(losses * weights))
         return losses
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        """The frames' mask (B, T)."""
+        """The frames' mask (B, T), of logits."""
         return previous_mask
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every layer; losses have no mask."""
+        outputs = super().__call__(*args, **kwargs)
+        if len(outputs.shape) == 1:  # which compute_mask is not told
+            outputs._keras_mask = None
+        return outputs
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""

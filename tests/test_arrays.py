@@ -1,7 +1,10 @@
 """Arrays come in without a copy, whatever they are and however they lie, and go out aligned."""
 
+import contextlib
 import gc
+import sys
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +33,13 @@ class Exporter:
     def __dlpack_device__(self) -> tuple[int, int]:
         device: tuple[int, int] = self.array.__dlpack_device__()
         return device
+
+
+class Made:
+    """What CuPy would have made an array of."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
 
 VIEWS = {
@@ -119,6 +129,31 @@ def test_devices_that_no_kernel_runs_on() -> None:
 
     with pytest.raises(TypeError, match=r"^x: expected an array on the host or on a CUDA device, got DLPack device type 10"):
         as_array(Elsewhere(np.zeros(3)), "x")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_devices_whose_exporter_takes_no_stream(refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's, for one, raises NumPy's error for any stream; CuPy is a stand-in, as no device is touched."""
+
+    class OnDevice(Exporter):
+        def __dlpack__(self, *, stream: Any = None) -> Any:
+            streams.append(stream)
+            return super().__dlpack__(**({"stream": stream} if refuses else {}))
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+    streams: list[Any] = []
+    awaited: list[Any] = []
+    cuda = SimpleNamespace(
+        Device=lambda index: contextlib.nullcontext(), Stream=SimpleNamespace(null=SimpleNamespace(record=lambda: "event")),
+        get_current_stream=lambda: SimpleNamespace(ptr=7, wait_event=awaited.append),
+        UnownedMemory=lambda address, *_: address, MemoryPointer=lambda address, offset: address + offset,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, ndarray=Made))
+    base = np.arange(24.0).reshape(4, 6)[::-1, ::2]
+    assert as_array(OnDevice(base), "x").arguments == (base.shape, base.dtype, address_of(base), base.strides)
+    assert (streams, awaited) == (([7, None], ["event"]) if refuses else ([7], []))
 
 
 def test_elements_that_lie_across_their_size() -> None:

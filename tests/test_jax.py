@@ -1,8 +1,11 @@
 """The functions for JAX: the same numbers as the core's, bit by bit, under every transformation of JAX."""
 
 import contextlib
+import dataclasses
 import functools
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -683,6 +686,28 @@ class TestSampled:
         loss = jax.jit(lambda t: joint_rnnt_loss(*inputs, t, frames, labels, classes=classes))(np.where(targets > 0, 5, 5))
         np.testing.assert_array_equal(np.isnan(loss), labels > 0)  # class 5 is none of them
 
+    def test_counts_and_probabilities_have_no_gradient(self):
+        """They may lie among the parameters, and for the loss they are constants."""
+        inputs, batch = joint_arguments("float32")
+        targets, _, labels = batch
+        options = {"vocab_size": 11, "num_samples": 2, "proposal": "unigram", "correction": True}
+
+        def loss(params):
+            classes = sample_classes(targets, labels, counts=params["counts"], **options)
+            slots = labels_in(classes, targets, labels)
+            return joint_rnnt_loss(*params["inputs"], *batch, classes=classes).sum() + slots.sum() * params["scale"]
+
+        def of_probability(probability):
+            return probability.sum() * labels_in(dataclasses.replace(drawn, probability=probability), targets, labels).sum()
+
+        params = {"inputs": tuple(map(jnp.asarray, inputs)), "counts": jnp.arange(11.0), "scale": 1.0}
+        drawn = sample_classes(targets, labels, counts=params["counts"], **options)
+        for transform in (lambda function: function, jax.jit):
+            gradient = transform(jax.grad(loss))(params)
+            assert np.asarray(gradient["inputs"][0]).any() and not np.asarray(gradient["counts"]).any()
+            total = labels_in(drawn, targets, labels).sum()
+            same(transform(jax.grad(of_probability))(drawn.probability), np.full(drawn.probability.shape, total, "f"))
+
     def test_labels_beyond_the_longest(self):
         slots = labels_in(tl.Classes.from_ids([0, 4, 7], vocab_size=9), jnp.array([[7, 4, 4]]), [1])
         assert slots.tolist() == [[2, -1, -1]]
@@ -973,6 +998,29 @@ class TestMemory:
         rows = gather_predictor(inputs[1], band)
         same(rows, tl.gather_predictor(inputs[1], jax.tree.map(np.asarray, band)))
         assert len(rooms) >= 5 and all(len(room) == 1 and 0 < room[0] <= 1 << 30 and room[0] % 512 == 0 for room in rooms)
+
+    def test_memory_of_xla_is_handed_out_once(self, monkeypatch):
+        """CuPy's pool asks for as much again while it is in use, and for more, as it then does of a stand-in that keeps none."""
+        found, used = [], []
+
+        class Pool:
+            def __init__(self, malloc):
+                self.malloc = lambda size: found.append(malloc(size)) or found[-1]
+
+        cuda = SimpleNamespace(
+            Device=lambda index: contextlib.nullcontext(), ExternalStream=lambda stream: contextlib.nullcontext(),
+            MemoryPool=Pool, using_allocator=lambda allocator: contextlib.nullcontext(used.append(allocator)),
+        )  # fmt: skip
+        cupy = SimpleNamespace(
+            cuda=cuda, asarray=lambda scratch: SimpleNamespace(data=scratch, nbytes=1024),
+            get_default_memory_pool=lambda: SimpleNamespace(malloc=lambda size: size),
+        )  # fmt: skip
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        buffer = SimpleNamespace(__dlpack_device__=lambda: (2, 0))
+        with jax_callback._place(SimpleNamespace(stream=7), "room", buffer):
+            for size in (1024, 512, 2048):
+                used[0](size)
+        assert found == ["room", 1024, 512, 2048]
 
     def test_a_shape_out_of_order_is_an_error(self):
         memory = jax_callback.Memory([np.zeros((2, 3), "f")], lambda shape, dtype: np.empty(shape, dtype))

@@ -101,6 +101,14 @@ def test_without_a_mask_every_frame_is_real() -> None:
     assert np.array_equal(found, tl.rnnt_loss(logits, data()[2], [T] * B, LABELS)[0])
 
 
+def test_a_mask_may_be_required() -> None:
+    logits, targets = np.zeros((B, T, U + 1, V), "f"), data()[2]
+    loss = RNNTLoss.from_config(json.loads(json.dumps(RNNTLoss(require_mask=True).get_config())))
+    assert np.array_equal(loss(targets, masked(logits)), RNNTLoss()(targets, masked(logits)))
+    with pytest.raises(ValueError, match=r"y_pred: expected a Keras mask \(B, T\) with require_mask=True, got none"):
+        loss(targets, keras.ops.add(masked(logits), 0))
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_padding_elsewhere_is_an_error(graph: bool) -> None:
     logits = tf.zeros((1, 4, 3, V))
@@ -154,6 +162,35 @@ def test_both_models_have_one_gradient() -> None:
     for mine, theirs in zip(one, other, strict=True):
         assert np.any(mine)
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 * np.abs(mine).max())
+
+
+def test_losses_have_no_mask() -> None:
+    features, before, targets = data()
+    of_logits, of_losses = models(RNNTJoint(V))
+    found = of_losses([features, before, targets])
+    for losses, logits in ((of_losses.output, of_logits.output), (found, of_logits([features, before]))):
+        assert losses._keras_mask is None and logits._keras_mask is not None
+    of_losses.compile("sgd", loss=lambda _, losses: losses, run_eagerly=True)
+    total = of_losses.test_on_batch([features, before, targets], np.zeros(B))
+    np.testing.assert_allclose(total, 2 * found.numpy().mean(), rtol=1e-6)  # as compiled and as added
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, 1)])
+def test_weights_of_utterances(shape: tuple[int, ...]) -> None:
+    features, before, targets = data()
+    joint = RNNTJoint(V)
+    _, of_losses = models(joint)
+    encoder, predictor, labels = joint.input[0], joint.input[1], of_losses.input[2]
+    weight = keras.Input(shape[1:])
+    weighted = keras.Model([*of_losses.input, weight], joint(encoder, predictor, targets=labels, sample_weight=weight))
+    weights = np.array([1.0, 0.0, 1.0, 2.0, 0.5, -1.0], "f")
+    inputs = [features, before, targets]
+    losses = of_losses(inputs)
+    assert np.array_equal(weighted([*inputs, weights.reshape(shape)]), losses)
+    np.testing.assert_allclose(weighted.losses, [(losses * weights).numpy().mean()], rtol=1e-6)
+    weighted.compile("sgd", run_eagerly=True)
+    found = weighted.evaluate([*inputs, weights.reshape(shape)], batch_size=B, verbose=0)
+    np.testing.assert_allclose(found, (losses * weights).numpy().mean(), rtol=1e-6)
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -267,8 +304,15 @@ def test_errors_teach() -> None:
         RNNTJoint(V)(np.zeros((1, 2, 3)), np.zeros((1, 2, 4)))
     with pytest.raises(ValueError, match="y_true: expected two dimensions"):
         RNNTLoss()(np.zeros((1,), int), np.zeros((1, 2, 1, 3), "f"))
-    with pytest.raises(TypeError, match="unexpected keyword argument"):
-        RNNTLoss(odd=1)(np.zeros((1, 0), int), np.zeros((1, 2, 1, 3), "f"))
+    with pytest.raises(TypeError, match=r"RNNTLoss: expected some of blank, .*, got blnk"):
+        RNNTLoss(blnk=0)
+    for name in ("blnk", "activation", "band", "classes", "dropout", "sparse"):
+        with pytest.raises(TypeError, match=rf"loss_options: expected some of blank, .*, got {name}"):
+            RNNTJoint(V, loss_options={name: 0})
+    with pytest.raises(ValueError, match="fastemit_lambda: expected 0 or more, got -1"):
+        RNNTLoss(fastemit_lambda=-1)
+    with pytest.raises(ValueError, match=r"blank: expected a class in \[-7, 7\), got 7"):
+        RNNTJoint(V, loss_options={"blank": 7})
 
 
 def test_keyword_names_are_those_of_the_function() -> None:

@@ -145,7 +145,12 @@ def _cuda_view(value: Any, index: int, name: str) -> Any:
     import cupy
 
     with cupy.cuda.Device(index):
-        capsule = value.__dlpack__(stream=cupy.cuda.get_current_stream().ptr or 1)
+        stream = cupy.cuda.get_current_stream()
+        try:
+            capsule = value.__dlpack__(stream=stream.ptr or 1)
+        except RuntimeError:  # TensorFlow takes no stream: it waits itself; whoever does not is ready on the legacy stream
+            capsule = value.__dlpack__()
+            stream.wait_event(cupy.cuda.Stream.null.record())
         address, shape, strides, dtype = _described(capsule, name)
         low, extent = (0, 0) if 0 in shape else _extent(shape, strides, dtype.itemsize)
         memory = cupy.cuda.UnownedMemory(address + low, extent, capsule, index)
