@@ -4,7 +4,11 @@ Under ``torch.compile`` each of them is an operator of the graph: no break, and 
 Lengths in tensors, on the host or a device, take one graph; lists of int take two, the first of which serves one step alone.
 `Band` and `Classes` may be made inside or outside; those made inside have tensors for attributes. Saved arrays are as large as
 padded lattices there. These break a graph, and with ``fullgraph=True`` raise: ``inplace=True``, ``sparse=True``,
-``process_group=``, `samplewise_rnnt_loss`, and `gather_predictor` of a band made in the same region.
+``process_group=``, `samplewise_rnnt_loss`, and `gather_predictor` of a band made in the same region. An option that is a float
+is part of the graph: one that changes from step to step, as a schedule of ``fastemit_lambda``, compiles for each of its values.
+
+No loss can be differentiated twice, and trying to raises. Of a graph of ``torch.compile`` it is torch that refuses, and only
+``backward()`` surely does: like ``log_softmax`` there, ``autograd.grad`` of a penalty on the gradient leaves the penalty out.
 
 A CUDA graph can be captured of a loss with ``occupancy_floor=0`` and lengths on the host, which are then those of every replay;
 labels on the device are read at each, a dropout's seed is the captured one. Call the step a few times before, on the stream of
@@ -18,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, logits_losses, reduced
+from transducer_loss.adapters.torch_autograd import REDUCTIONS, expect_options, logits_losses, reduced
 from transducer_loss.adapters.torch_band import gather_predictor, prune
 from transducer_loss.adapters.torch_joint import JointRNNTLoss, joint_rnnt_loss
 from transducer_loss.adapters.torch_pruned import PrunedLosses, PrunedRNNTLoss, simple_rnnt_loss
@@ -126,8 +130,8 @@ class RNNTLoss(torch.nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        expect_options(rnnt_loss, options, "band")
         self.options = options
-        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
 
     def forward(self, logits: Tensor, targets: Any, logit_lengths: Any, target_lengths: Any) -> Tensor:
         """See `rnnt_loss`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from transducer_loss.adapters.torch_operators import (
     caller,
     compiling,
     compute_dtype,
+    constants,
     core_arguments,
     expect_tensor,
     lengths_like,
@@ -29,13 +31,17 @@ from transducer_loss.adapters.torch_operators import (
     uncompiled,
 )
 from transducer_loss.arrays import as_array
+from transducer_loss.checks import INFEASIBLE, TOPOLOGIES, choice, finite, whole_number
+from transducer_loss.joint import ACTIVATIONS
 
 __all__ = [
     "REDUCTIONS",
     "Gradients",
     "LogitsLoss",
+    "anchored",
     "caller",
     "core_arguments",
+    "expect_options",
     "expect_tensor",
     "logits_losses",
     "once_differentiable",
@@ -46,6 +52,8 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+_WORDS = {"reduction": REDUCTIONS, "topology": TOPOLOGIES, "infeasible": INFEASIBLE, "activation": ACTIVATIONS}
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -62,19 +70,31 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *origins: Tensor) -> Tensor:
         return gradient.clone() if gradient.is_sparse else gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+    def backward(ctx: Any, upstream: Tensor) -> Gradients:
         raise RuntimeError("transducer losses cannot be differentiated twice: their gradient has no gradient")
+
+
+def anchored(ctx: Any, *inputs: Tensor | None) -> None:
+    """In a forward pass, keep for `once_differentiable` a tensor without numbers whose graph leads to the inputs.
+
+    The inputs themselves may not be saved, as gradients are made without them, and would be checked for changes in between.
+    """
+    origins = [each for each in inputs if each is not None and each.requires_grad]
+    if origins and not compiling():
+        with torch.enable_grad():
+            ctx.anchor = _Once.apply(torch.empty(0, device="cpu"), *origins)
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """A backward whose gradients raise when they are differentiated.
 
     torch's decorator of that name passes them on as constants where the upstream gradient is one: a penalty on the gradient
-    would do nothing, without a word. In a compiled region it is torch that raises. Inputs past the gradients have none.
+    would do nothing, without a word. In a compiled region it is torch that may raise. Inputs past the gradients have none.
+    Its forward pass is to call `anchored`, so that whoever differentiates by the inputs comes by here.
     """
 
     @functools.wraps(backward)
@@ -88,10 +108,29 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
             with torch.no_grad():
                 gradients = backward(ctx, upstream.detach())
             if torch.is_grad_enabled():
-                gradients = tuple(None if each is None else _Once.apply(each.detach().requires_grad_()) for each in gradients)
+                gradients = tuple(None if each is None else _Once.apply(each, ctx.anchor, upstream) for each in gradients)
         return (*gradients, *((None,) * (inputs - len(gradients))))
 
     return checked
+
+
+def expect_options(function: Callable[..., Any], options: dict[str, Any], *of_the_call: str) -> None:
+    """Raise for what is no keyword of the function, or given with each call, and for values that no call could take."""
+    keywords = {
+        name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in of_the_call
+    }  # fmt: skip
+    for name, value in options.items():
+        if name not in keywords:
+            raise TypeError(f"{name}: expected one of {', '.join(keywords)}, got a keyword that is none of them")
+        if name in _WORDS:
+            choice(value, _WORDS[name], name)
+        elif isinstance(keywords[name], float):
+            finite(value, name)
+        elif type(keywords[name]) is int:
+            whole_number(value, name)
+    if not 0 <= options.get("dropout", 0.0) < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {options['dropout']}")
 
 
 _INPUTS = "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, Tensor[] band"
@@ -157,6 +196,8 @@ class LogitsLoss(torch.autograd.Function):
         # attribute would live as long as the loss.
         ctx.save_for_backward(logits, targets, *band, *saved)
         ctx.options, ctx.inplace, ctx.rows = options, inplace, len(band)
+        if keep:
+            anchored(ctx, logits)
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -190,4 +231,4 @@ def logits_losses(
         as_tensor(targets, "targets"), as_tensor(frames, "logit_lengths"), as_tensor(labels, "target_lengths"),
     )  # fmt: skip
     apply = _inplace if inplace else LogitsLoss.apply
-    return apply(logits, keep, inplace, options, *integers, *band_tensors(band))  # type: ignore[no-any-return]
+    return apply(logits, keep, inplace, constants(options), *integers, *band_tensors(band))  # type: ignore[no-any-return]

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from transducer_loss import pruning
-from transducer_loss.adapters.torch_autograd import Gradients, once_differentiable
+from transducer_loss.adapters.torch_autograd import Gradients, anchored, once_differentiable
 from transducer_loss.adapters.torch_operators import (
     as_tensor,
     band_of,
     band_tensors,
     caller,
-    compiling,
     compute_dtype,
     core_arguments,
     expect_tensor,
     operator,
     plain,
+    recorded,
     tensor_of,
     uncompiled,
 )
@@ -29,7 +29,7 @@ from transducer_loss.paths import Occupancy
 
 def _band_shapes(blank: Tensor, label: Tensor, frames: Tensor, *arguments: Any) -> list[Tensor]:
     rows = [blank.new_empty(blank.shape[:2], dtype=torch.int32) for _ in range(2)]
-    numbers = [torch.empty(shape, dtype=torch.int64) for shape in (frames.shape, frames.shape, ())]
+    numbers = [torch.empty(shape, dtype=torch.int64, device="cpu") for shape in (frames.shape, frames.shape, ())]
     return [*rows, *numbers, blank.new_empty(blank.shape[:1], dtype=compute_dtype(blank))]
 
 
@@ -48,7 +48,7 @@ def _pruned(
             **core_arguments(blank),
         )  # fmt: skip
         rows, mass = [tensor_of(band.first), tensor_of(band.end)], tensor_of(band.mass)
-    return [*rows, torch.from_numpy(band.frames), torch.from_numpy(band.labels), torch.tensor(band.width), mass]
+    return [*rows, torch.from_numpy(band.frames), torch.from_numpy(band.labels), torch.tensor(band.width, device="cpu"), mass]
 
 
 def prune(
@@ -75,7 +75,7 @@ def prune(
         )
     lengths = (as_tensor(am_lengths, "am_lengths"), as_tensor(target_lengths, "target_lengths"))
     *tensors, mass = _pruned(occupancy.blank.detach(), occupancy.label.detach(), *lengths, s_range, strategy, topology)
-    if compiling():
+    if recorded(occupancy.blank):
         first, end, frames, labels, width = tensors
         return Band(first, end, width, frames, labels, s_range, mass)  # of tensors, in a graph
     band: Band = band_of(tensors, s_range, mass)
@@ -109,6 +109,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, predictor: Tensor, width: int, *band: Tensor) -> Tensor:
         ctx.labels = predictor.shape[1] if predictor.ndim == 3 else 0
         ctx.save_for_backward(*band)
+        anchored(ctx, predictor)
         return _gathered(predictor.detach(), list(band), width)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -119,7 +120,8 @@ class _Gather(torch.autograd.Function):
 
 
 _gather_unknown = uncompiled(
-    _Gather.apply, "the width of a band that a compiled region has made is no number there: gather the predictor outside of it"
+    lambda predictor, width, *band: _Gather.apply(predictor, int(width), *band),
+    "the width of a band that a compiled region has made is no number there: gather the predictor outside of it",
 )  # fmt: skip
 
 

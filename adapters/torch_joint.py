@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, wants_gradient
+from transducer_loss.adapters.torch_autograd import REDUCTIONS, expect_options, wants_gradient
 from transducer_loss.adapters.torch_joint_autograd import How, JointLoss
 from transducer_loss.adapters.torch_operators import (
     as_tensor,
     band_tensors,
     class_tensors,
-    compiling,
+    constants,
     expect_tensor,
+    recorded,
     seed_tensor,
     uncompiled,
 )
@@ -105,7 +106,7 @@ def joint_rnnt_loss(
     tensors = {"encoder": encoder, "predictor": predictor, "weight": weight, **({} if bias is None else {"bias": bias})}
     for name, tensor in tensors.items():
         expect_tensor(tensor, name)
-    if compiling() and workspace is not None:
+    if recorded(encoder) and workspace is not None:
         workspace = str(workspace)
     drawn, parallel = seed_tensor(seed if dropout else seed or 0), {}
     if process_group is not None:
@@ -123,7 +124,7 @@ def joint_rnnt_loss(
     apply = _parallel_loss if parallel else _sparse_loss if sparse else JointLoss.apply
     later = "later" if reduction == "none" else reduction
     gradient = later if wants_gradient(encoder, predictor, weight, bias) else "none"
-    how = How(reduction, gradient, len(rows), described, options)
+    how = How(reduction, gradient, len(rows), described, constants(options))
     loss: Tensor = apply(encoder, predictor, weight, bias, how, *integers, drawn, *rows, *sampled)
     return loss
 
@@ -139,6 +140,8 @@ class JointRNNTLoss(torch.nn.Module):
     dropout : float
     sparse : bool
         Of the gradients of the output layer, in calls with `classes`.
+    device, dtype
+        Of the parameters, as of `torch.nn.Linear`.
     **options
         Keywords of `joint_rnnt_loss`. With ``process_group=`` `classes` is the number of this process's classes.
 
@@ -153,12 +156,13 @@ class JointRNNTLoss(torch.nn.Module):
     """
 
     def __init__(
-        self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, sparse: bool = False, **options: Any
-    ) -> None:
+        self, features: int, classes: int, *, bias: bool = True, dropout: float = 0.0, sparse: bool = False,
+        device: Any = None, dtype: torch.dtype | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.output = torch.nn.Linear(features, classes, bias=bias)
+        expect_options(joint_rnnt_loss, {"dropout": dropout, **options}, "band", "classes")
+        self.output = torch.nn.Linear(features, classes, bias=bias, device=device, dtype=dtype)
         self.dropout, self.sparse, self.options = dropout, sparse, options
-        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
 
     def forward(
         self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any, *,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transducer_loss import joint_loss, logits_loss
-from transducer_loss.adapters.torch_autograd import Gradients, once_differentiable, reduced
+from transducer_loss.adapters.torch_autograd import Gradients, anchored, once_differentiable, reduced
 from transducer_loss.adapters.torch_operators import (
     OPTIONS,
     band_of,
@@ -134,19 +134,24 @@ class JointLoss(torch.autograd.Function):
             lengths, *cells = saved
             ctx.save_for_backward(*rows, *read, targets, lengths[0], lengths[1], seed, *cells)
         else:
-            ctx.save_for_backward(*rows, *saved)
+            by = [each for each in inputs if each is not None]
+            needed = (native if each.requires_grad else None for native, each in zip(saved, by, strict=False))
+            ctx.save_for_backward(*rows, *needed)
+        if how.gradient != "none":
+            anchored(ctx, *inputs)
         return reduced(loss, how.reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
         """With the true upstream weights."""
-        how, rows, saved = ctx.how, list(ctx.saved_tensors[: ctx.number]), list(ctx.saved_tensors[ctx.number :])
+        how, tensors = ctx.how, list(ctx.saved_tensors)  # read once, as torch.utils.checkpoint wants it
+        rows, saved = tensors[: ctx.number], tensors[ctx.number :]
         band, classes = rows[: how.rows], rows[how.rows :]
         if how.gradient == "later":
             natives = _loss_backward(upstream, saved[8:], *saved[:8], band, classes, how.described, **how.options)
         else:
-            natives = [native * upstream for native in saved]
+            natives = [None if native is None else native * upstream for native in saved]
         gradients = [
             native.to(dtype) if needed else None
             for native, dtype, needed in zip(natives, ctx.dtypes, ctx.needs_input_grad, strict=False)

@@ -1,7 +1,8 @@
 """What `torch.compile` needs of the losses: operators with known shapes, and tensors for everything that goes in.
 
 An operator's function runs as it is outside of a compiled region, where the core checks arguments of any kind by their names.
-Inside of one, the operator stands for it in the graph, and all that reaches it is tensors and plain numbers.
+Inside of one, the operator stands for it in the graph, and all that reaches it is tensors and plain numbers. So it does for
+`make_fx`, for fake tensors and for every mode that follows operators.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 compiling = torch.compiler.is_compiling
 
-OPTIONS = "int blank, str topology, float fastemit_lambda, float delay_penalty, str infeasible, bool validate"
+
+def _numberless(tensors: Iterable[Any]) -> bool:
+    """Whether one of them is of a class with operators of its own, as a FakeTensor, which has no memory to read."""
+    return any(isinstance(each, Tensor) and type(each).__torch_dispatch__ is not Tensor.__torch_dispatch__ for each in tensors)
+
+
+def recorded(*tensors: Any) -> bool:
+    """Whether operators are to be seen, by a graph that is made or by a mode that follows every one."""
+    return compiling() or torch._C._len_torch_dispatch_stack() > 0 or _numberless(tensors)
+
+
+OPTIONS = "int blank, str topology, float fastemit_lambda, float delay_penalty, str infeasible, bool validate=False"
 """Keywords of every loss, as operators declare them."""
 
 _LIBRARY = torch.library.Library("transducer_loss", "FRAGMENT")
@@ -51,10 +63,14 @@ def operator(schema: str, shapes: Callable[..., Any], **always: Any) -> Callable
             _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"transducer_loss::{name}", shapes, lib=_LIBRARY)
         overload = getattr(torch.ops.transducer_loss, name).default
+        keywords = {argument.name for argument in overload._schema.arguments}
 
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
-            return overload(*arguments, **options) if compiling() else _interpreted(function)(*arguments, **options)
+            # A mode with real tensors does not see what no operator can do, as inplace=.
+            if compiling() or _numberless(arguments) or (recorded() and options.keys() <= keywords):
+                return overload(*arguments, **options)
+            return _interpreted(function)(*arguments, **options)
 
         return call
 
@@ -125,6 +141,18 @@ def expect_tensor(value: Any, name: str) -> None:
             f"{name}: expected a torch.Tensor of this process, got a {type(value).__name__}: fully_shard the module of the "
             "loss, or one around it, whose forward pass gathers its parameters"
         )
+    if not compiling() and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got one that torch.func or vmap transforms, which cannot follow a transducer "
+            "loss: differentiate by torch.autograd, one batch after the other"
+        )
+
+
+def constants(options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose floats a graph takes as they are: dynamic ones may not go to two losses."""
+    if not compiling():
+        return options
+    return {name: float(value) if isinstance(value, (float, torch.SymFloat)) else value for name, value in options.items()}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -139,7 +167,7 @@ def as_tensor(value: Any, name: str, read: Callable[[Any, str], Any] = integers)
     if compiling():
         if isinstance(value, (list, tuple)) and all(isinstance(each, (int, torch.SymInt)) for each in value):
             return host_integers(value)  # type: ignore[no-any-return]
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, device="cpu")
     array = read(value, name)
     if on_host(array):  # torch takes no negative strides, and warns of memory that is not to be written
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -147,10 +175,10 @@ def as_tensor(value: Any, name: str, read: Callable[[Any, str], Any] = integers)
         return tensor_of(array)
 
 
-@operator("host_integers(SymInt[] values) -> Tensor", lambda values: torch.empty(len(values), dtype=torch.int64))
+@operator("host_integers(SymInt[] values) -> Tensor", lambda values: torch.empty(len(values), dtype=torch.int64, device="cpu"))
 def host_integers(values: Any) -> Tensor:
     """Numbers that change from step to step, as a tensor on the host: a graph serves all of them."""
-    return torch.tensor(list(values), dtype=torch.int64)
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
 
 
 def seed_tensor(seed: Any) -> Tensor:
@@ -169,7 +197,7 @@ def lengths_of(of: Any) -> Tensor:
 
 def lengths_like(lengths: Tensor) -> Tensor:
     """Of the shape of `lengths_of`."""
-    return torch.empty((2, lengths.shape[0]), dtype=torch.int64)
+    return torch.empty((2, lengths.shape[0]), dtype=torch.int64, device="cpu")
 
 
 def padded_to(tensors: list[Tensor], cells: int) -> list[Tensor]:

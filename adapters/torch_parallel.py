@@ -25,9 +25,9 @@ def shard_of(process_group: Any, rows: int, seed: Tensor, device: torch.device) 
     def all_reduce(array: Any, operation: str) -> None:
         distributed.all_reduce(tensor_of(array), operations[operation], process_group)
 
-    mine = torch.stack([torch.tensor(rows), seed]).to(device)
+    mine = torch.stack([torch.tensor(rows, device="cpu"), seed.cpu()]).to(device)
     found = [torch.empty_like(mine) for _ in range(distributed.get_world_size(process_group))]
     distributed.all_gather(found, mine, process_group)
     each = [process.tolist() for process in found]
     shard = Shard(all_reduce, [size for size, _ in each], distributed.get_rank(process_group))
-    return shard, torch.tensor(each[0][1])
+    return shard, torch.tensor(each[0][1], device="cpu")

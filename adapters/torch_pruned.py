@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from transducer_loss import logits_loss, pruning, simple_loss
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, Gradients, once_differentiable, reduced, wants_gradient
+from transducer_loss.adapters.torch_autograd import (
+    REDUCTIONS,
+    Gradients,
+    anchored,
+    expect_options,
+    once_differentiable,
+    reduced,
+    wants_gradient,
+)
 from transducer_loss.adapters.torch_band import prune
 from transducer_loss.adapters.torch_joint import joint_rnnt_loss
 from transducer_loss.adapters.torch_operators import (
@@ -17,6 +25,7 @@ from transducer_loss.adapters.torch_operators import (
     caller,
     class_tensors,
     compute_dtype,
+    constants,
     core_arguments,
     expect_tensor,
     operator,
@@ -64,6 +73,8 @@ class _SimpleLoss(torch.autograd.Function):
         loss, blank, label, *gradients = _simple(am.detach(), lm.detach(), *integers, None, needed and not ctx.later, **options)
         ctx.dtype, ctx.options = am.dtype, options
         ctx.save_for_backward(*((am, lm, *integers) if ctx.later else gradients))
+        if needed:
+            anchored(ctx, am, lm)
         ctx.mark_non_differentiable(blank, label)
         ctx.set_materialize_grads(False)  # which would make zeros of the size of the occupancies
         return loss, blank, label
@@ -95,7 +106,7 @@ def simple_losses(
     names = ("targets", "am_lengths", "target_lengths")
     integers = [as_tensor(value, name) for value, name in zip(arguments, names, strict=True)]
     options = {**options, "shared_unigram": shared_unigram}
-    loss, blank, label = _SimpleLoss.apply(am, lm, wants_gradient(am, lm), options, *integers)
+    loss, blank, label = _SimpleLoss.apply(am, lm, wants_gradient(am, lm), constants(options), *integers)
     return loss, Occupancy(blank, label, loss.detach())
 
 
@@ -192,6 +203,8 @@ class PrunedRNNTLoss(torch.nn.Module):
     reduction : {"mean", "sum", "none"}
     blank, topology, fastemit_lambda, delay_penalty, infeasible, validate
         Of both losses.
+    device, dtype
+        Of the parameters, as of `torch.nn.Linear`.
     **options
         Other keywords of `joint_rnnt_loss`, as ``hat`` and ``workspace``.
 
@@ -217,22 +230,25 @@ class PrunedRNNTLoss(torch.nn.Module):
         bias: bool = True, s_range: int = 5, strategy: str = "local", lm_only_scale: float = 0.25, am_only_scale: float = 0.0,
         warm_step: int = 2000, simple_scale: float = 0.5, dropout: float = 0.0, sparse: bool = False, reduction: str = "mean",
         blank: int = 0, topology: str = "regular", fastemit_lambda: float = 0.0, delay_penalty: float = 0.0,
-        infeasible: str = "inf", validate: bool = False, **options: Any,
+        infeasible: str = "inf", validate: bool = False, device: Any = None, dtype: torch.dtype | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        choice(reduction, REDUCTIONS, "reduction")
         choice(strategy, pruning.STRATEGIES, "strategy")
-        self.simple_encoder = torch.nn.Linear(encoder_features or features, classes)
-        self.simple_predictor = torch.nn.Linear(predictor_features or features, classes)
-        self.output = torch.nn.Linear(features, classes, bias=bias)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.simple_encoder = torch.nn.Linear(encoder_features or features, classes, **where)
+        self.simple_predictor = torch.nn.Linear(predictor_features or features, classes, **where)
+        self.output = torch.nn.Linear(features, classes, bias=bias, **where)
         self.s_range, self.strategy = whole_number(s_range, "s_range", 1), strategy
         self.warm_step, self.simple_scale = whole_number(warm_step, "warm_step", 0), finite(simple_scale, "simple_scale")
         self.dropout, self.sparse, self.options, self.step = dropout, sparse, options, 0
-        self.scales: dict[str, Any] = {"lm_only_scale": lm_only_scale, "am_only_scale": am_only_scale}
+        self.scales: dict[str, Any] = {
+            "lm_only_scale": finite(lm_only_scale, "lm_only_scale"), "am_only_scale": finite(am_only_scale, "am_only_scale"),
+        }  # fmt: skip
         self.common: dict[str, Any] = {
             "reduction": reduction, "blank": blank, "topology": topology, "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty, "infeasible": infeasible, "validate": validate,
         }  # fmt: skip
+        expect_options(joint_rnnt_loss, {"dropout": dropout, **self.common, **options}, "band", "classes")
 
     @property
     def step(self) -> int:

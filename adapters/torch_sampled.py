@@ -13,10 +13,10 @@ from transducer_loss.adapters.torch_operators import (
     caller,
     class_tensors,
     classes_of,
-    compiling,
     core_arguments,
     operator,
     plain,
+    recorded,
     seed_tensor,
     tensor_of,
 )
@@ -132,7 +132,7 @@ def sample_classes(
         "vocab_size": vocab_size, "num_samples": num_samples, "proposal": proposal, "scope": scope, "blank": blank,
         "correction": correction, "step": step, "validate": validate,
     }  # fmt: skip
-    if not compiling():
+    if not recorded(ctc_logits, counts, targets):
         return _drawn(targets, target_lengths, counts, ctc_logits, ctc_lengths, drawn, **options)
     optional = (("counts", counts, as_array), ("ctc_logits", ctc_logits, as_array), ("ctc_lengths", ctc_lengths, integers))
     ids, probability = _class_tensors(

@@ -12,6 +12,8 @@ from torch import Tensor
 from transducer_loss.adapters.torch_autograd import (
     REDUCTIONS,
     Gradients,
+    anchored,
+    expect_options,
     expect_tensor,
     once_differentiable,
     plain,
@@ -46,14 +48,15 @@ class _SamplewiseLoss(torch.autograd.Function):
         loss, ctx.packs = run.forward(None if later else share)
         # Saved in this way they are given up with the graph, and autograd notices when they were changed in between.
         ctx.save_for_backward(*((*inputs, *targets) if later else run.sums))
+        anchored(ctx, *inputs)
         return _reported(loss, infeasible, reduction)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
-        sums, factor = ctx.saved_tensors, upstream
+        sums, factor = ctx.saved_tensors, upstream  # read once, as torch.utils.checkpoint wants it
         if ctx.later:
-            run = Run(ctx.of, ctx.saved_tensors[: len(ctx.dtypes)], graph=True)
+            run = Run(ctx.of, sums[: len(ctx.dtypes)], graph=True)
             with ctx.random.replayed():
                 run.backward(ctx.packs, upstream)
             sums, factor = run.sums, upstream.new_ones(())
@@ -233,7 +236,7 @@ class SamplewiseRNNTLoss(torch.nn.Module):
         super().__init__()
         if options.get("parameters") is not None:
             options["parameters"] = list(options["parameters"])  # there is more than one call
-        choice(options.get("reduction", "mean"), REDUCTIONS, "reduction")
+        expect_options(samplewise_rnnt_loss, options)
         self.joint, self.options = joint, options
 
     def forward(self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any) -> Tensor:

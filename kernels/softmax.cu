@@ -303,15 +303,27 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
             none ? -1 : target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, label);
         const Real z = none ? Real(0) : normaliser[cell];
         const T* in = logits + (packed ? i * by_label : of.index * by_utterance + at.frame * by_frame + column * by_label);
-        T* out = gradient + (packed ? i * out_by_label : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
+        T* out = gradient + (packed ? i * out_by_label
+                                    : of.index * out_by_utterance + at.frame * out_by_frame + column * out_by_label);
         const Real limit = Real(clamp) * (weight < Real(0) ? -weight : weight);
         const auto clamped = [limit](Real value) { return value > limit ? limit : value < -limit ? -limit : value; };
-        if (by_class == 1 && out_by_class == 1)
-            gradient_of_row(Row<true, false, const T>{in, 1, nullptr}, Row<true, false, T>{out, 1, nullptr}, classes, blank,
-                            target, (int)distribution, false, z, blank_share, label_share, clamped);
-        else
-            gradient_of_row(Row<false, false, const T>{in, by_class, nullptr}, Row<false, false, T>{out, out_by_class, nullptr},
-                            classes, blank, target, (int)distribution, false, z, blank_share, label_share, clamped);
+        const auto as_it_is = [](Real value) { return value; };
+        const auto work = [&](auto in_row, auto out_row, auto finished) {
+            gradient_of_row(in_row, out_row, classes, blank, target, (int)distribution, false, z, blank_share, label_share,
+                            finished);
+        };
+        const bool bounded = clamp < infinity<double>();
+        if (by_class == 1 && out_by_class == 1) {
+            const Row<true, false, const T> in_row{in, 1, nullptr};
+            const Row<true, false, T> out_row{out, 1, nullptr};
+            if (bounded) work(in_row, out_row, clamped);
+            else work(in_row, out_row, as_it_is);
+        } else {
+            const Row<false, false, const T> in_row{in, by_class, nullptr};
+            const Row<false, false, T> out_row{out, out_by_class, nullptr};
+            if (bounded) work(in_row, out_row, clamped);
+            else work(in_row, out_row, as_it_is);
+        }
     }
 }
 

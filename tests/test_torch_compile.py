@@ -311,6 +311,18 @@ def test_second_order_raises() -> None:
         gradient.sum().backward()
 
 
+def test_dynamic_floats_may_go_to_two_losses() -> None:
+    """``dynamic=True`` makes symbols of a module's floats, too."""
+    module = PrunedRNNTLoss(6, V, s_range=3, delay_penalty=0.05, fastemit_lambda=0.02)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for of in STEPS[:2]:
+        rest = integers(of, "tensors")
+        module.step = 7
+        expected = outcome(lambda *all: module(*all).loss, floats(of, "E"), rest)
+        module.step = 7
+        assert same(outcome(lambda *all: compiled(*all).loss, floats(of, "E"), rest), expected)
+
+
 def test_export() -> None:
     class Whole(torch.nn.Module):
         def forward(self, *all: Any) -> Tensor:
