@@ -14,9 +14,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from transducer_loss.adapters.tensorflow_graph import check_options
-from transducer_loss.adapters.tensorflow_joint import joint_rnnt_loss
-from transducer_loss.adapters.tensorflow_logits import rnnt_loss
+from transducer_loss.adapters.tensorflow.graph import check_options
+from transducer_loss.adapters.tensorflow.joint import joint_rnnt_loss
+from transducer_loss.adapters.tensorflow.logits import rnnt_loss
 from transducer_loss.checks import Options, choice, finite, whole_number
 from transducer_loss.joint import ACTIVATIONS
 

@@ -17,7 +17,7 @@ from transducer_loss import joint_loss, logits_loss, reference, simple_loss
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from transducer_loss.adapters import jax_callback, jax_given, jax_joint, jax_logits  # noqa: E402
+from transducer_loss.adapters.jax import callback as jax_callback  # noqa: E402
 from transducer_loss.adapters.jax import (  # noqa: E402
     gather_predictor,
     joint_rnnt_loss,
@@ -28,6 +28,9 @@ from transducer_loss.adapters.jax import (  # noqa: E402
     samplewise_rnnt_loss,
     simple_rnnt_loss,
 )
+from transducer_loss.adapters.jax import given as jax_given  # noqa: E402
+from transducer_loss.adapters.jax import joint as jax_joint  # noqa: E402
+from transducer_loss.adapters.jax import logits as jax_logits  # noqa: E402
 
 TWICE = "cannot be differentiated twice"
 

@@ -17,7 +17,6 @@ import transducer_loss as tl
 from helpers import FLOATS, TOPOLOGIES, Batch, numpy_dtype, random_batch, run_python
 from transducer_loss import joint_loss, logits_loss, reference, tiling
 from transducer_loss.adapters import tensorflow as tftl
-from transducer_loss.adapters import tensorflow_graph, tensorflow_logits
 from transducer_loss.adapters.tensorflow import (
     gather_predictor,
     joint_rnnt_loss,
@@ -28,6 +27,8 @@ from transducer_loss.adapters.tensorflow import (
     samplewise_rnnt_loss,
     simple_rnnt_loss,
 )
+from transducer_loss.adapters.tensorflow import graph as tensorflow_graph
+from transducer_loss.adapters.tensorflow import logits as tensorflow_logits
 from transducer_loss.arrays import COMPUTE, as_array
 from transducer_loss.check import budgets
 
@@ -461,7 +462,7 @@ def test_misaligned_arrays_strategies_and_imports() -> None:
         import numpy as np, tensorflow as tf
         before = set(sys.modules)  # TensorFlow itself may bring JAX
         from transducer_loss.adapters.tensorflow import joint_rnnt_loss, rnnt_loss, samplewise_rnnt_loss
-        from transducer_loss.adapters.tensorflow_graph import tensor_of
+        from transducer_loss.adapters.tensorflow.graph import tensor_of
         from transducer_loss.arrays import numpy_dtype
 
         found = {"foreign": [name for name in ("torch", "jax", "cupy", "keras") if name in set(sys.modules) - before]}

@@ -16,7 +16,6 @@ from torch import Tensor
 from helpers import TOPOLOGIES, Counting
 from naive_torch import DTYPES, WEIGHTS, Case, case, error, leaves, same
 from transducer_loss import engine, lattice, pruning, reference, simple_joint
-from transducer_loss.adapters import torch_pruned
 from transducer_loss.adapters.torch import (
     Band,
     PrunedRNNTLoss,
@@ -26,6 +25,7 @@ from transducer_loss.adapters.torch import (
     rnnt_loss,
     simple_rnnt_loss,
 )
+from transducer_loss.adapters.torch import pruned as torch_pruned
 from transducer_loss.check import budgets
 from transducer_loss.paths import Occupancy
 

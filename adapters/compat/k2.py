@@ -37,8 +37,8 @@ from transducer_loss.adapters.compat.k2_ranges import (
     roll_by_shifts,
 )
 from transducer_loss.adapters.compat.shared import named
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, expect_tensor, reduced
-from transducer_loss.adapters.torch_pruned import simple_losses
+from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_tensor, reduced
+from transducer_loss.adapters.torch.pruned import simple_losses
 from transducer_loss.checks import choice, finite
 
 __all__ = [

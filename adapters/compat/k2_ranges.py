@@ -11,7 +11,7 @@ from torch import Tensor
 from transducer_loss import pruning
 from transducer_loss.adapters import torch as losses
 from transducer_loss.adapters.compat.shared import named
-from transducer_loss.adapters.torch_autograd import caller, core_arguments, expect_tensor
+from transducer_loss.adapters.torch.autograd import caller, core_arguments, expect_tensor
 from transducer_loss.arrays import as_array
 from transducer_loss.band import Band
 from transducer_loss.checks import whole_number
@@ -91,7 +91,7 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_
             Occupancy(blank, label, None), *lengths_of(boundary, batch, frames, columns - 1), s_range=s_range,
             strategy="local", topology="regular" if regular else "modified", as_k2=True, **core_arguments(py_grad),
         )  # fmt: skip
-        first = torch.as_tensor(band.first).to(torch.int64)
+        first = torch.as_tensor(band.first, device=py_grad.device).to(torch.int64)
     return first[:, :, None] + torch.arange(band.width, device=py_grad.device)
 
 

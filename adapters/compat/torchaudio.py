@@ -26,7 +26,7 @@ from torch import Tensor
 
 from transducer_loss.adapters import torch as losses
 from transducer_loss.adapters.compat.shared import bound_of
-from transducer_loss.adapters.torch_autograd import REDUCTIONS
+from transducer_loss.adapters.torch.autograd import REDUCTIONS
 from transducer_loss.checks import choice
 
 __all__ = ["RNNTLoss", "rnnt_loss"]

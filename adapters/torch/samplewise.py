@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_autograd import (
+from transducer_loss.adapters.torch.autograd import (
     REDUCTIONS,
     Gradients,
     anchored,
@@ -19,8 +19,8 @@ from transducer_loss.adapters.torch_autograd import (
     plain,
     reduced,
 )
-from transducer_loss.adapters.torch_operators import uncompiled
-from transducer_loss.adapters.torch_packs import Joint, Problem, RandomState, Run
+from transducer_loss.adapters.torch.operators import uncompiled
+from transducer_loss.adapters.torch.packs import Joint, Problem, RandomState, Run
 from transducer_loss.checks import INFEASIBLE, choice, float_array, lengths
 from transducer_loss.logits_loss import expect_paths
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from transducer_loss import joint_loss, logits_loss
-from transducer_loss.adapters.torch_autograd import Gradients, anchored, once_differentiable, reduced
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.autograd import Gradients, anchored, once_differentiable, reduced
+from transducer_loss.adapters.torch.operators import (
     OPTIONS,
     band_of,
     caller,

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from transducer_loss import logits_loss
-from transducer_loss.adapters.tensorflow_graph import (
+from transducer_loss.adapters.tensorflow.graph import (
     check_options,
     core_arguments,
     differentiable,
@@ -15,7 +15,7 @@ from transducer_loss.adapters.tensorflow_graph import (
     integers,
     tensor_of,
 )
-from transducer_loss.adapters.tensorflow_pruned import band_tensors, core_band
+from transducer_loss.adapters.tensorflow.pruned import band_tensors, core_band
 from transducer_loss.arrays import COMPUTE, as_array
 
 

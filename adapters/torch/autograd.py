@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transducer_loss import logits_loss
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.operators import (
     OPTIONS,
     as_tensor,
     band_of,

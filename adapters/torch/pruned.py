@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transducer_loss import logits_loss, pruning, simple_loss
-from transducer_loss.adapters.torch_autograd import (
+from transducer_loss.adapters.torch.autograd import (
     REDUCTIONS,
     Gradients,
     anchored,
@@ -17,9 +17,9 @@ from transducer_loss.adapters.torch_autograd import (
     reduced,
     wants_gradient,
 )
-from transducer_loss.adapters.torch_band import prune
-from transducer_loss.adapters.torch_joint import joint_rnnt_loss
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.band import prune
+from transducer_loss.adapters.torch.joint import joint_rnnt_loss
+from transducer_loss.adapters.torch.operators import (
     OPTIONS,
     as_tensor,
     caller,
@@ -31,7 +31,7 @@ from transducer_loss.adapters.torch_operators import (
     operator,
     plain,
 )
-from transducer_loss.adapters.torch_sampled import labels_in
+from transducer_loss.adapters.torch.sampled import labels_in
 from transducer_loss.band import Band
 from transducer_loss.checks import choice, finite, whole_number
 from transducer_loss.classes import Classes

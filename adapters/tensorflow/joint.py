@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from transducer_loss import engine, joint_loss, logits_loss
-from transducer_loss.adapters.tensorflow_graph import (
+from transducer_loss.adapters.tensorflow.graph import (
     check_options,
     core_arguments,
     differentiable,
@@ -16,8 +16,8 @@ from transducer_loss.adapters.tensorflow_graph import (
     like,
     tensor_of,
 )
-from transducer_loss.adapters.tensorflow_pruned import band_tensors, core_band
-from transducer_loss.adapters.tensorflow_sampled import classes_tensors, core_classes, drawn
+from transducer_loss.adapters.tensorflow.pruned import band_tensors, core_band
+from transducer_loss.adapters.tensorflow.sampled import classes_tensors, core_classes, drawn
 from transducer_loss.arrays import COMPUTE, as_array
 from transducer_loss.checks import choice
 from transducer_loss.joint import ACTIVATIONS

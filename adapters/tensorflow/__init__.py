@@ -6,17 +6,17 @@ unsupported operations ... EagerPyFunc``; call the loss outside of what is compi
 a function that does not call the loss.
 """
 
-from transducer_loss.adapters.tensorflow_joint import joint_rnnt_loss
-from transducer_loss.adapters.tensorflow_logits import rnnt_loss
-from transducer_loss.adapters.tensorflow_packs import samplewise_rnnt_loss
-from transducer_loss.adapters.tensorflow_pruned import (
+from transducer_loss.adapters.tensorflow.joint import joint_rnnt_loss
+from transducer_loss.adapters.tensorflow.logits import rnnt_loss
+from transducer_loss.adapters.tensorflow.packs import samplewise_rnnt_loss
+from transducer_loss.adapters.tensorflow.pruned import (
     Band,
     Occupancy,
     gather_predictor,
     prune,
     simple_rnnt_loss,
 )
-from transducer_loss.adapters.tensorflow_sampled import Classes, labels_in, sample_classes
+from transducer_loss.adapters.tensorflow.sampled import Classes, labels_in, sample_classes
 
 __all__ = [
     "Band",

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from transducer_loss import checks, output_layer, sampling
-from transducer_loss.adapters.jax_callback import Memory, alike, call, device_bytes
-from transducer_loss.adapters.jax_given import Given, array_of, given, number_of, shape_of, words_of
+from transducer_loss.adapters.jax.callback import Memory, alike, call, device_bytes
+from transducer_loss.adapters.jax.given import Given, array_of, given, number_of, shape_of, words_of
 from transducer_loss.classes import Classes, expect_classes, vocabulary_size
 
 # Frames that are not looked at.

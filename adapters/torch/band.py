@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from transducer_loss import pruning
-from transducer_loss.adapters.torch_autograd import Gradients, anchored, once_differentiable
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.autograd import Gradients, anchored, once_differentiable
+from transducer_loss.adapters.torch.operators import (
     as_tensor,
     band_of,
     band_tensors,

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from transducer_loss import band as core
 from transducer_loss import paths, pruning, simple_loss
-from transducer_loss.adapters.tensorflow_graph import (
+from transducer_loss.adapters.tensorflow.graph import (
     check_options,
     core_arguments,
     differentiable,

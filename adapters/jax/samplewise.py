@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from transducer_loss import checks, logits_loss
-from transducer_loss.adapters.jax_callback import Options, alike
-from transducer_loss.adapters.jax_given import Given, array_of, given, shape_of
-from transducer_loss.adapters.jax_logits import rnnt_loss
+from transducer_loss.adapters.jax.callback import Options, alike
+from transducer_loss.adapters.jax.given import Given, array_of, given, shape_of
+from transducer_loss.adapters.jax.logits import rnnt_loss
 
 Joint = Callable[[Any, jax.Array, jax.Array], jax.Array]
 

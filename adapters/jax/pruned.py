@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from transducer_loss import checks, pruning, simple_loss
-from transducer_loss.adapters.jax_callback import Memory, Options, alike, call, compute_dtype, device_bytes
-from transducer_loss.adapters.jax_given import Given, array_of, as_callbacks, blanked, given, integers_of, shape_of, traced
+from transducer_loss.adapters.jax.callback import Memory, Options, alike, call, compute_dtype, device_bytes
+from transducer_loss.adapters.jax.given import Given, array_of, as_callbacks, blanked, given, integers_of, shape_of, traced
 from transducer_loss.band import Band, expect_band
 from transducer_loss.paths import Occupancy
 from transducer_loss.processors import processor_for

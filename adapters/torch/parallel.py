@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_operators import tensor_of
+from transducer_loss.adapters.torch.operators import tensor_of
 from transducer_loss.shard import Shard
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, expect_options, wants_gradient
-from transducer_loss.adapters.torch_joint_autograd import How, JointLoss
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_options, wants_gradient
+from transducer_loss.adapters.torch.joint_autograd import How, JointLoss
+from transducer_loss.adapters.torch.operators import (
     as_tensor,
     band_tensors,
     class_tensors,
@@ -19,7 +19,7 @@ from transducer_loss.adapters.torch_operators import (
     seed_tensor,
     uncompiled,
 )
-from transducer_loss.adapters.torch_parallel import shard_of
+from transducer_loss.adapters.torch.parallel import shard_of
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
 from transducer_loss.classes import Classes

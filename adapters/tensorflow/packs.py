@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from transducer_loss.adapters.tensorflow_graph import check_options, differentiable, floats, integers
-from transducer_loss.adapters.tensorflow_logits import rnnt_loss
+from transducer_loss.adapters.tensorflow.graph import check_options, differentiable, floats, integers
+from transducer_loss.adapters.tensorflow.logits import rnnt_loss
 from transducer_loss.arrays import COMPUTE, as_array
 from transducer_loss.cells import Ints
 from transducer_loss.checks import Options, choice, lengths, targets_for, whole_number

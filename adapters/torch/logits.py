@@ -1,19 +1,4 @@
-"""PyTorch: the losses as functions and modules with autograd, on every device, dtype and stream.
-
-Under ``torch.compile`` each of them is an operator of the graph: no break, and no new compilation for other lengths or labels.
-Lengths in tensors, on the host or a device, take one graph; lists of int take two, the first of which serves one step alone.
-`Band` and `Classes` may be made inside or outside; those made inside have tensors for attributes. Saved arrays are as large as
-padded lattices there. These break a graph, and with ``fullgraph=True`` raise: ``inplace=True``, ``sparse=True``,
-``process_group=``, `samplewise_rnnt_loss`, and `gather_predictor` of a band made in the same region. An option that is a float
-is part of the graph: one that changes from step to step, as a schedule of ``fastemit_lambda``, compiles for each of its values.
-
-No loss can be differentiated twice, and trying to raises. Of a graph of ``torch.compile`` it is torch that refuses, and only
-``backward()`` surely does: like ``log_softmax`` there, ``autograd.grad`` of a penalty on the gradient leaves the penalty out.
-
-A CUDA graph can be captured of a loss with ``occupancy_floor=0`` and lengths on the host, which are then those of every replay;
-labels on the device are read at each, a dropout's seed is the captured one. Call the step a few times before, on the stream of
-the capture, so that kernels are compiled.
-"""
+"""PyTorch: the loss of logits, as a function and as a module."""
 
 from __future__ import annotations
 
@@ -22,33 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transducer_loss.adapters.torch_autograd import REDUCTIONS, expect_options, logits_losses, reduced
-from transducer_loss.adapters.torch_band import gather_predictor, prune
-from transducer_loss.adapters.torch_joint import JointRNNTLoss, joint_rnnt_loss
-from transducer_loss.adapters.torch_pruned import PrunedLosses, PrunedRNNTLoss, simple_rnnt_loss
-from transducer_loss.adapters.torch_sampled import labels_in, sample_classes
-from transducer_loss.adapters.torch_samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
+from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_options, logits_losses, reduced
 from transducer_loss.band import Band
 from transducer_loss.checks import choice
-from transducer_loss.classes import Classes
-
-__all__ = [
-    "Band",
-    "Classes",
-    "JointRNNTLoss",
-    "PrunedLosses",
-    "PrunedRNNTLoss",
-    "RNNTLoss",
-    "SamplewiseRNNTLoss",
-    "gather_predictor",
-    "joint_rnnt_loss",
-    "labels_in",
-    "prune",
-    "rnnt_loss",
-    "sample_classes",
-    "samplewise_rnnt_loss",
-    "simple_rnnt_loss",
-]
 
 
 def rnnt_loss(

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from transducer_loss import classes as core
 from transducer_loss import output_layer, sampling
-from transducer_loss.adapters.tensorflow_graph import core_arguments, floats, integers, run, tensor_of
+from transducer_loss.adapters.tensorflow.graph import core_arguments, floats, integers, run, tensor_of
 from transducer_loss.arrays import as_array
 from transducer_loss.checks import choice
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from transducer_loss import logits_loss
-from transducer_loss.adapters.jax_callback import (
+from transducer_loss.adapters.jax.callback import (
     Memory,
     Options,
     alike,
@@ -18,7 +18,7 @@ from transducer_loss.adapters.jax_callback import (
     device_bytes,
     store,
 )
-from transducer_loss.adapters.jax_given import Given, array_of, as_callbacks, blanked, given, shape_of
+from transducer_loss.adapters.jax.given import Given, array_of, as_callbacks, blanked, given, shape_of
 from transducer_loss.band import Band
 
 

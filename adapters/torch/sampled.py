@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transducer_loss import output_layer, sampling
-from transducer_loss.adapters.torch_operators import (
+from transducer_loss.adapters.torch.operators import (
     as_tensor,
     caller,
     class_tensors,

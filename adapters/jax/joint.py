@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from transducer_loss import joint_loss, logits_loss, tiling
-from transducer_loss.adapters.jax_callback import Memory, Options, alike, call, compute_dtype, on_device, store
-from transducer_loss.adapters.jax_given import (
+from transducer_loss.adapters.jax.callback import Memory, Options, alike, call, compute_dtype, on_device, store
+from transducer_loss.adapters.jax.given import (
     Given,
     array_of,
     as_callbacks,
