@@ -7,7 +7,6 @@ where there is a GPU.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import tensorflow as tf
 from transducer_loss.adapters.tensorflow.graph import check_options
 from transducer_loss.adapters.tensorflow.joint import joint_rnnt_loss
 from transducer_loss.adapters.tensorflow.logits import rnnt_loss
-from transducer_loss.checks import Options, choice, finite, whole_number
+from transducer_loss.checks import Options, choice, dropout_rate, keywords_of, whole_number
 from transducer_loss.joint import ACTIVATIONS
 
 if keras.backend.backend() != "tensorflow":
@@ -50,14 +49,11 @@ def _frames(mask: Any, padded: Any) -> Any:
 
 def _expect_options(options: dict[str, Any], function: Any, own: set[str], classes: int, name: str) -> None:
     """Raise for what is no keyword of a function or one of the class's `own`, and for values of those that all losses share."""
-    keywords = {
-        key: each.default for key, each in inspect.signature(function).parameters.items()
-        if each.kind is inspect.Parameter.KEYWORD_ONLY and key not in own
-    }  # fmt: skip
+    keywords = keywords_of(function, *own)
     odd = sorted(options.keys() - keywords.keys())
     if odd:
         raise TypeError(f"{name}: expected some of {', '.join(keywords)}, got {', '.join(odd)}")
-    shared = inspect.signature(Options.checked).parameters
+    shared = keywords_of(Options.checked)
     check_options(classes, **{key: value for key, value in {**keywords, **options}.items() if key in shared})
 
 
@@ -191,10 +187,8 @@ class RNNTJoint(keras.layers.Layer):
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         choice(activation, ACTIVATIONS, "activation")
-        if not 0.0 <= finite(dropout, "dropout") < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.classes, self.activation, self.use_bias = whole_number(classes, "classes", 1), activation, use_bias
-        self.dropout, self.loss_options = dropout, dict(loss_options or {})
+        self.dropout, self.loss_options = dropout_rate(dropout), dict(loss_options or {})
         own = {"activation", "band", "classes", "dropout", "sparse"}
         _expect_options(self.loss_options, joint_rnnt_loss, own, self.classes, "loss_options")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,21 @@ def finite(value: Any, name: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return number
+
+
+def dropout_rate(value: Any) -> float:
+    """A probability to drop by, which is not certain."""
+    if not 0.0 <= finite(value, "dropout") < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+    return float(value)
+
+
+def keywords_of(function: Callable[..., Any], *left_out: str) -> dict[str, Any]:
+    """Keywords of a function, but for those `left_out`, and their defaults."""
+    return {
+        name: each.default for name, each in inspect.signature(function).parameters.items()
+        if each.kind is each.KEYWORD_ONLY and name not in left_out
+    }  # fmt: skip
 
 
 def whole_number(value: Any, name: str, low: int | None = None) -> int:
@@ -177,6 +193,16 @@ def looked_at(validate: bool | None, *arrays: Any) -> bool:
     return validate is not None and (validate or all(map(on_host, arrays)))
 
 
+def expect_labels(known: np.ndarray[Any, Any], labels: Ints, classes: int) -> np.ndarray[Any, Any]:
+    """Raise for labels (B, U) on the host that no class has; which of them are real, otherwise."""
+    real: np.ndarray[Any, Any] = np.arange(known.shape[1])[None] < labels[:, None]
+    bad = real & ((known < 0) | (known >= classes))
+    if bad.any():
+        b, u = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"targets: expected labels in [0, V = {classes}), got {known[b, u]} at index ({b}, {u})")
+    return real
+
+
 def targets_for(
     value: Any, processor: Any, labels: Ints, classes: int, options: Options, validate: bool | None
 ) -> Targets:
@@ -191,11 +217,7 @@ def targets_for(
         raise ValueError(f"targets: expected shape (B, U) = ({batch}, {longest}), got {tuple(array.shape)}")
     if looked_at(validate, array):
         known = as_numpy(array)
-        real = np.arange(known.shape[1])[None] < labels[:, None]
-        bad = real & ((known < 0) | (known >= classes))
-        if bad.any():
-            b, u = (int(i) for i in np.argwhere(bad)[0])
-            raise ValueError(f"targets: expected labels in [0, V = {classes}), got {known[b, u]} at index ({b}, {u})")
+        real = expect_labels(known, labels, classes)
         if options.distribution == DISTRIBUTIONS.index("hat"):
             same = real & (known == options.blank)
             if same.any():

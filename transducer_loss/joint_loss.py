@@ -14,6 +14,7 @@ from transducer_loss.cells import Group
 from transducer_loss.checks import (
     Options,
     choice,
+    dropout_rate,
     expect_shape,
     finite,
     float_array,
@@ -110,8 +111,7 @@ def problem(
     if options.pop("normalized", False):
         raise ValueError("normalized: expected False, as the joint makes logits, got True")
     checked = Options.checked(vocabulary, normalized=False, **options)
-    if not 0.0 <= finite(dropout, "dropout") < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    rate = dropout_rate(dropout)
     if not 0.0 <= finite(occupancy_floor, "occupancy_floor") < 1.0:
         raise ValueError(f"occupancy_floor: expected a share in [0, 1), got {occupancy_floor}")
     if sparse and classes is None:
@@ -132,7 +132,7 @@ def problem(
         copied = sum(new.nbytes for old, new in zip(inputs, read, strict=True) if new is not None and new is not old)
         known = targets_for(targets, processor, labels, vocabulary, checked, validate)
         return Problem(
-            processor, Joint(encoder, predictor, kind, float(dropout), drawn_from), weight, bias,
+            processor, Joint(encoder, predictor, kind, rate, drawn_from), weight, bias,
             band_for(band, processor, frames, labels),
             known, checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
@@ -164,6 +164,12 @@ class Forward:
     saved: Saved | None
     """Of all cells, where the gradient is made later."""
     gradients: Gradients | None = None
+
+    @classmethod
+    def resumed(cls, loss: Any, *vectors: Any) -> Forward:
+        """For `backward`, of the loss and the vectors of `saved` that an adapter has kept, which may be longer."""
+        normaliser, blank, label = vectors
+        return cls(None, loss, Saved(normaliser, (blank, label)))
 
 
 def forward(of: Problem, weights: Any = None, weight: float = 1.0, gradient: bool = True, later: bool = False) -> Forward:

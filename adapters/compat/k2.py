@@ -37,7 +37,8 @@ from transducer_loss.adapters.compat.k2_ranges import (
     roll_by_shifts,
 )
 from transducer_loss.adapters.compat.shared import named
-from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_tensor, reduced
+from transducer_loss.adapters.torch.autograd import REDUCTIONS, reduced
+from transducer_loss.adapters.torch.operators import expect_tensor
 from transducer_loss.adapters.torch.pruned import simple_losses
 from transducer_loss.checks import choice, finite
 

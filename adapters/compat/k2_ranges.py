@@ -11,7 +11,7 @@ from torch import Tensor
 from transducer_loss import pruning
 from transducer_loss.adapters import torch as losses
 from transducer_loss.adapters.compat.shared import named
-from transducer_loss.adapters.torch.autograd import caller, core_arguments, expect_tensor
+from transducer_loss.adapters.torch.operators import caller, core_arguments, expect_tensor
 from transducer_loss.arrays import as_array
 from transducer_loss.band import Band
 from transducer_loss.checks import whole_number

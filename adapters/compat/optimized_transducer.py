@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from transducer_loss.adapters import torch as losses
-from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_tensor, plain
+from transducer_loss.adapters.torch.autograd import REDUCTIONS
+from transducer_loss.adapters.torch.operators import expect_tensor, plain
 from transducer_loss.checks import choice, lengths
 
 __all__ = ["TransducerLoss", "transducer_loss"]

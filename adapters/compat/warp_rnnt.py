@@ -29,8 +29,8 @@ from torch import Tensor
 
 from transducer_loss.adapters import torch as losses
 from transducer_loss.adapters.compat.shared import named
-from transducer_loss.adapters.torch.autograd import REDUCTIONS, expect_tensor, plain, reduced
-from transducer_loss.adapters.torch.operators import as_tensor
+from transducer_loss.adapters.torch.autograd import REDUCTIONS, reduced
+from transducer_loss.adapters.torch.operators import as_tensor, expect_tensor, plain
 from transducer_loss.checks import choice, integers, lengths
 
 __all__ = ["rnnt_loss"]

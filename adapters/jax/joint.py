@@ -25,7 +25,6 @@ from transducer_loss.adapters.jax.given import (
 from transducer_loss.band import Band
 from transducer_loss.cells import Cells
 from transducer_loss.classes import Classes
-from transducer_loss.engine import Saved
 from transducer_loss.processors import OnCuda
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
@@ -59,10 +58,8 @@ def _backward(
     upstream: Any,
 ) -> None:  # fmt: skip
     of, bad = _problem(memory, options, inputs, batch, seed)
-    loss, normaliser, *occupancy = kept
     weights = logits_loss.weights_of(of, blanked(of.processor, upstream, bad, 0))
-    done = joint_loss.Forward(None, loss, Saved(normaliser, (occupancy[0], occupancy[1])))
-    joint_loss.backward(of, done, weights)
+    joint_loss.backward(of, joint_loss.Forward.resumed(*kept), weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

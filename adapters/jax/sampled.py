@@ -94,7 +94,7 @@ def sample_classes(
         raise ValueError(f"targets: expected shape (B, U) of at least one utterance, got {tuple(known.targets.shape)}")
     size, columns = known.targets.shape
     labels = checks.lengths(known.labels, "target_lengths", size, 0, columns, "U")
-    _expect_labels(known.targets, labels, vocabulary)
+    checks.expect_labels(known.targets, labels, vocabulary)
     arrays: dict[str, Any] = {"counts": None, "ctc_logits": None}
     room = 17 * vocabulary
     if counts is not None:
@@ -121,15 +121,6 @@ def sample_classes(
         scratch=device_bytes("float32", 0, size, room + (17 << 20)),
     )  # fmt: skip
     return Classes(ids, probability, vocabulary, silent, bool(correction))
-
-
-def _expect_labels(targets: Any, labels: Any, vocabulary: int) -> None:
-    """Raise for labels that no class has, where both are known."""
-    real = np.arange(targets.shape[1])[None] < labels[:, None]
-    bad = real & ((targets < 0) | (targets >= vocabulary))
-    if bad.any():
-        b, u = (int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"targets: expected labels in [0, V = {vocabulary}), got {targets[b, u]} at index ({b}, {u})")
 
 
 def _find(memory: Memory, options: dict[str, Any], outputs: list[Any], batch: Given) -> None:

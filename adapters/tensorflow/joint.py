@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from transducer_loss import engine, joint_loss, logits_loss
+from transducer_loss import joint_loss, logits_loss
 from transducer_loss.adapters.tensorflow.graph import (
     check_options,
     core_arguments,
@@ -139,8 +139,7 @@ def joint_rnnt_loss(
         inputs, others, saved, upstream = arguments
         with core_arguments(inputs[0]) as given:
             of = _problem(inputs, others, options, given)
-            loss, normaliser, blank_occupancy, label_occupancy = (as_array(each, "saved") for each in saved)
-            done = joint_loss.Forward(None, loss, engine.Saved(normaliser, (blank_occupancy, label_occupancy)))
+            done = joint_loss.Forward.resumed(*(as_array(each, "saved") for each in saved))
             sums = joint_loss.backward(of, done, logits_loss.weights_of(of, upstream)).native
             return [tf.cast(tensor_of(each), kind) for each in sums if each is not None]
 

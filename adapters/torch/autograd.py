@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,30 +25,12 @@ from transducer_loss.adapters.torch.operators import (
     lengths_of,
     operator,
     padded_to,
-    plain,
     tensor_of,
     uncompiled,
 )
 from transducer_loss.arrays import as_array
-from transducer_loss.checks import INFEASIBLE, TOPOLOGIES, choice, finite, whole_number
+from transducer_loss.checks import INFEASIBLE, TOPOLOGIES, choice, dropout_rate, finite, keywords_of, whole_number
 from transducer_loss.joint import ACTIVATIONS
-
-__all__ = [
-    "REDUCTIONS",
-    "Gradients",
-    "LogitsLoss",
-    "anchored",
-    "caller",
-    "core_arguments",
-    "expect_options",
-    "expect_tensor",
-    "logits_losses",
-    "once_differentiable",
-    "plain",
-    "reduced",
-    "tensor_of",
-    "wants_gradient",
-]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -116,10 +97,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 def expect_options(function: Callable[..., Any], options: dict[str, Any], *of_the_call: str) -> None:
     """Raise for what is no keyword of the function, or given with each call, and for values that no call could take."""
-    keywords = {
-        name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in of_the_call
-    }  # fmt: skip
+    keywords = keywords_of(function, *of_the_call)
     for name, value in options.items():
         if name not in keywords:
             raise TypeError(f"{name}: expected one of {', '.join(keywords)}, got a keyword that is none of them")
@@ -129,8 +107,7 @@ def expect_options(function: Callable[..., Any], options: dict[str, Any], *of_th
             finite(value, name)
         elif type(keywords[name]) is int:
             whole_number(value, name)
-    if not 0 <= options.get("dropout", 0.0) < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {options['dropout']}")
+    dropout_rate(options.get("dropout", 0.0))
 
 
 _INPUTS = "Tensor logits, Tensor targets, Tensor logit_lengths, Tensor target_lengths, Tensor[] band"

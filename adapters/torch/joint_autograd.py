@@ -24,7 +24,6 @@ from transducer_loss.adapters.torch.operators import (
     tensor_of,
 )
 from transducer_loss.arrays import as_array
-from transducer_loss.engine import Saved
 from transducer_loss.tiling import Problem
 
 _INPUTS = (
@@ -95,8 +94,7 @@ def _loss_backward(upstream: Tensor, saved: list[Tensor], *arguments: Any, **opt
     with caller(upstream):
         of = _problem(*arguments, **{**options, "validate": False})
         loss, *cells = (as_array(tensor, "saved") for tensor in saved)
-        done = joint_loss.Forward(None, loss, Saved(cells[0], (cells[1], cells[2])))
-        gradients = joint_loss.backward(of, done, logits_loss.weights_of(of, upstream))
+        gradients = joint_loss.backward(of, joint_loss.Forward.resumed(loss, *cells), logits_loss.weights_of(of, upstream))
         return [native for native in gradients.native if native is not None]
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from transducer_loss.adapters.torch.autograd import caller, expect_tensor, logits_losses
+from transducer_loss.adapters.torch.autograd import logits_losses
+from transducer_loss.adapters.torch.operators import caller, expect_tensor
 from transducer_loss.cells import Ints
 from transducer_loss.checks import Options, float_array, targets_for
 from transducer_loss.packs import gradient_scale, packs_of

@@ -14,12 +14,10 @@ from transducer_loss.adapters.torch.autograd import (
     Gradients,
     anchored,
     expect_options,
-    expect_tensor,
     once_differentiable,
-    plain,
     reduced,
 )
-from transducer_loss.adapters.torch.operators import uncompiled
+from transducer_loss.adapters.torch.operators import expect_tensor, plain, uncompiled
 from transducer_loss.adapters.torch.packs import Joint, Problem, RandomState, Run
 from transducer_loss.checks import INFEASIBLE, choice, float_array, lengths
 from transducer_loss.logits_loss import expect_paths
