@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 import transducer_loss
-from transducer_loss.adapters.torch import PrunedRNNTLoss, joint_rnnt_loss, rnnt_loss, sample_classes
+from transducer_loss.adapters.torch import (
+    PrunedRNNTLoss,
+    amortized_backlog,
+    amortized_cost,
+    edit_distance,
+    embr_loss,
+    gumbel_gate,
+    joint_rnnt_loss,
+    reduced_predictor,
+    rnnt_loss,
+    sample_classes,
+)
 from transducer_loss.benchmarks.joint_loss import random_case, trained_case
 
 Shape = tuple[int, int, int, int, int]
@@ -81,6 +92,60 @@ def _sampled_step(
     return step
 
 
+def _shared_step(
+    case: tuple[Any, ...], dtype: torch.dtype, device: str, members: int, shared: bool = True, **options: Any
+) -> Callable[[], list[Tensor]]:
+    """EMBR over N hypotheses of each utterance, whose encoders they share, or have copies of."""
+    (encoder, predictor, weight, bias), (targets, frames, labels) = _joint(case, dtype, device)
+    batch = encoder.shape[0]
+    rng = np.random.default_rng(0)
+    which = np.repeat(np.arange(batch), members)
+    said = torch.from_numpy(np.where(rng.random((batch * members, targets.shape[1])) < 0.9, targets[which], 1)).to(device)
+    meant, lengths = torch.from_numpy(targets).to(device), torch.as_tensor(labels)
+    rows = predictor.detach().repeat_interleave(members, 0).requires_grad_()
+    index = torch.from_numpy(which)
+    counts, hypothesis_lengths = torch.as_tensor(frames), lengths[index]
+    options |= {"encoder_index": index, "reduction": "none"} if shared else {"reduction": "none"}
+    leaves = [encoder, rows, weight, bias]
+
+    def risk(encoder: Tensor, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if not shared:
+            encoder = encoder[index.to(device)]
+        of_each = counts if shared else counts[index]
+        nll = joint_rnnt_loss(encoder, rows, weight, bias, said, of_each, hypothesis_lengths, **options)
+        edits = edit_distance(said.view(batch, members, -1), hypothesis_lengths.view(batch, members), meant, lengths)
+        return embr_loss(nll.view(batch, members), edits.total)
+
+    return functools.partial(_step, risk, leaves)
+
+
+def _system_steps(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Callable[[], list[Tensor]]]:
+    """The reduced decoder and Amortized Networks."""
+    batch, frames, labels, classes, features = shape
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(batch, frames, 4, generator=generator).to(device, dtype).requires_grad_()
+    embedding = torch.randn(classes, features, generator=generator).to(device, dtype).requires_grad_()
+    positions = torch.randn(4, 5, features, generator=generator).to(device, dtype).requires_grad_()
+    # Labels as frequent as words are, so that the rows of some classes have many gradients to add up.
+    share = 1.0 / torch.arange(1, classes + 1)
+    targets = torch.multinomial(share, batch * labels, replacement=True, generator=generator).view(batch, labels).to(device)
+    lengths, counts = [labels] * batch, [frames] * batch
+
+    def averaged(embedding: Tensor, positions: Tensor) -> Tensor:
+        out = reduced_predictor(embedding, positions, targets, lengths)
+        return (out * out.detach()).float().sum()
+
+    def amortized(logits: Tensor) -> Tensor:
+        gates = gumbel_gate(logits, counts, hard=True, seed=1)
+        each = [1.0, 0.7, 0.4, 0.2]
+        return amortized_cost(gates, each, counts) + amortized_backlog(gates, each, counts, frame_period=0.5)
+
+    return {
+        "reduced_predictor": functools.partial(_step, averaged, [embedding, positions]),
+        "gumbel_gate, cost, backlog": functools.partial(_step, amortized, [logits]),
+    }
+
+
 @contextlib.contextmanager
 def _busy(device: str) -> Iterator[None]:
     """Matrix products on another stream all the while."""
@@ -122,6 +187,8 @@ def repeatability(device: str, runs: int = 20) -> dict[str, Any]:
                 "PrunedRNNTLoss": _pruned_step(random_case(*shape), dtype, device),
                 "sampled, batch": _sampled_step(random_case(*shape), dtype, device, 20),
                 "sampled, utterance": _sampled_step(random_case(*shape), dtype, device, 20, scope="utterance"),
+                "EMBR, shared encoders": _shared_step(random_case(*shape), dtype, device, 3),
+                **_system_steps(shape, dtype, device),
             }
             for name, step in steps.items():
                 first = _bytes(step())
@@ -138,7 +205,7 @@ def _bytes(results: list[Tensor]) -> list[Tensor]:
 
 def memory(device: str) -> dict[str, Any]:
     """The torch allocator's peak against the workspace that was asked for, and against what the device itself says is gone."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     shape = SMALL if device == "cpu" else SHAPES[0]
     for dtype in DTYPES:
         leaves, integers = _joint(random_case(*shape), dtype, device)
@@ -155,6 +222,13 @@ def memory(device: str) -> dict[str, Any]:
                     and row["unseen"] <= 8 * MEBIBYTE and row["cupy_pool"] <= MEBIBYTE
                 )  # fmt: skip
             rows.append(row)
+    # Eight hypotheses of each utterance: with copies of the encoder there are eight of it and of its gradient.
+    for name in ("copied", "shared"):
+        embr = _shared_step(random_case(*shape), torch.float32, device, 8, name == "shared", workspace=64 * MEBIBYTE)
+        embr()
+        rows.append({"what": f"EMBR, {name} encoders", **(_measured(embr) if device != "cpu" else {})})
+    if device != "cpu":
+        rows[-1]["passed"] = rows[-1]["peak"] < rows[-2]["peak"]
     return {"passed": all(row.get("passed", True) for row in rows), "rows": rows}
 
 
@@ -248,13 +322,15 @@ def _works(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
         # Of a vocabulary whose logits would take 26 GB in float32.
         large = (8, 200, 40, 100_000, 256) if device != "cpu" else shape
         yield f"sampled, k=1000, {large}", lambda: _sampled_step(random_case(*large), dtype, device, 1000)
+    if shape == (SHAPES[0] if device != "cpu" else SMALL):
+        yield "EMBR, N=4, shared encoders", lambda: _shared_step(random_case(*shape), dtype, device, 4)
     yield "rnnt_loss", logits
     yield "torchaudio rnnt_loss", functools.partial(_torchaudio, shape, dtype, device)
 
 
 def timings(device: str) -> dict[str, Any]:
-    """Forward and backward of both losses, beside torchaudio's and beside the matrix products alone."""
-    rows = []
+    """Forward and backward of the losses, beside torchaudio's and the matrix products alone; and of the other functions."""
+    rows: list[dict[str, Any]] = []
     for shape in [SMALL] if device == "cpu" else SHAPES:
         for dtype in DTYPES:
             leaves, integers = _joint(trained_case(*shape), dtype, device)
@@ -267,6 +343,13 @@ def timings(device: str) -> dict[str, Any]:
                     rows.append({**shared, "what": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
                 if device != "cpu":
                     torch.cuda.empty_cache()
+    for shape in [SMALL] if device == "cpu" else [(8, 2000, 100, 100_000, 640), (128, 1000, 200, 4000, 640)]:
+        for name, work in _system_steps(shape, torch.float32, device).items():
+            rows.append({"B T U V H": shape, "dtype": "float32", "what": name, **_time(work, device)})
+        said = torch.randint(4, 90, (shape[0], 8, shape[2]), device=device)
+        lengths = torch.full((shape[0], 8), shape[2], device=device)
+        edits = functools.partial(edit_distance, said, lengths, said[:, 0], lengths[:, 0])
+        rows.append({"B T U V H": shape, "dtype": "int64", "what": "edit_distance, N=8", **_time(edits, device)})
     ours = [row for row in rows if "torchaudio" not in row["what"]]
     return {"passed": all("error" not in row for row in ours), "rows": rows}
 

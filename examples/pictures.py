@@ -1,4 +1,4 @@
-"""The two pictures of a demo: how the training went, and what the loss saw in one utterance."""
+"""The pictures of the examples: how training went, what a loss saw in one utterance, what cheaper encoders cost and do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 matplotlib.use("Agg")  # no window, so that a machine without a screen will do
 import matplotlib.pyplot as plt
-from matplotlib.colors import LogNorm
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -82,18 +83,7 @@ def lattice(
     seconds = max(frames * frame_period, len(features) * feature_period)
     with plt.rc_context(STYLE):
         figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 9), height_ratios=(1, 3), layout="constrained")
-        # Floored, or digital silence would take most of the colours.
-        above.imshow(
-            np.maximum(features, np.percentile(features, 5)).T, origin="lower", aspect="auto", cmap="Greys",
-            extent=(0, len(features) * feature_period, 0, features.shape[1]),
-        )  # fmt: skip
-        for word, start in zip(text.split(), word_starts, strict=True):
-            above.axvline(start, color=VERMILION, linewidth=1)
-            above.annotate(
-                word, (start, 1), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                rotation=35, color=VERMILION, fontsize=10,
-            )  # fmt: skip
-        above.set_ylabel("mel bin")
+        _speech(above, text, features, feature_period, word_starts)
         figure.suptitle("What the loss saw: where each character may be, and where it is most likely")
 
         cells = below.imshow(
@@ -114,6 +104,115 @@ def lattice(
         bar = figure.colorbar(cells, ax=below, shrink=0.8, pad=0.01)
         bar.set_label("probability that a path passes the cell (white: under 1e-6)")
         _save(figure, path)
+
+
+def trade_off(path: Path, curves: dict[str, list[tuple[float, float, str]]], most_cost: float, most_error: float) -> None:
+    """Draw error rates over costs.
+
+    Parameters
+    ----------
+    path : Path
+    curves : dict
+        By name: cost, error rate and label of every point, in the order of the line.
+    most_cost, most_error : float
+        Corner of the goal.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for (name, points), colour, marker in zip(curves.items(), (BLUE, VERMILION), "os", strict=False):
+            costs, errors, _ = zip(*points, strict=True)
+            axes.plot([100 * c for c in costs], [100 * e for e in errors], marker + "-", color=colour, linewidth=2, label=name)
+            for cost, error, label in points:
+                # Left of the leftmost, where no other is.
+                place, align = ((-7, -3), "right") if cost == costs[0] else ((4, 5), "left")
+                axes.annotate(
+                    label, (100 * cost, 100 * error), place, textcoords="offset points", ha=align, color=colour, fontsize=9
+                )
+        axes.set(xlabel="average cost of an encoder frame (% of the dense one)", xlim=(0, 108), ylim=(0, None))
+        axes.set_ylabel("held-out character error rate (%)")
+        axes.fill_between([0, 100 * most_cost], 0, 100 * most_error, color="0.92", zorder=0)
+        axes.annotate("the goal", (1, 100 * most_error), (2, -12), textcoords="offset points", color="0.4")
+        axes.legend(title="cheap branch", frameon=False)
+        axes.set_title("Errors over cost; the numbers are lambda, the price of cost")
+        _save(figure, path)
+
+
+def switching(
+    path: Path,
+    text: str,
+    features: np.ndarray,
+    feature_period: float,
+    word_starts: np.ndarray,
+    gates: dict[str, np.ndarray],
+    frame_period: float,
+) -> None:
+    """Draw which frames of an utterance took the dense branch; the first arguments are as of `lattice`.
+
+    Parameters
+    ----------
+    gates : dict of ndarrays (T,)
+        By name of the encoder: 1 in dense frames, 0 in cheap ones.
+    frame_period : float
+        Seconds of the T frames.
+    """
+    rows = np.stack(list(gates.values()))
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 5.5), height_ratios=(1, 1), layout="constrained")
+        _speech(above, text, features, feature_period, word_starts)
+        figure.suptitle("Which frames took the dense branch (dark)")
+        edges = np.arange(rows.shape[1] + 1) * frame_period
+        below.pcolormesh(edges, np.arange(len(rows) + 1), rows, cmap=ListedColormap(["0.9", BLUE]), vmin=0, vmax=1)
+        below.hlines(np.arange(1, len(rows)), 0, edges[-1], color="white", linewidth=3)
+        below.set_yticks(np.arange(len(rows)) + 0.5, list(gates))
+        below.invert_yaxis()
+        below.set(xlabel="time (s)", xlim=(0, edges[-1]))
+        _save(figure, path)
+
+
+def mended(path: Path, error_rates: dict[str, dict[str, float]], risks: dict[str, list[float]]) -> None:
+    """Draw what fine-tuning mended.
+
+    Parameters
+    ----------
+    path : Path
+    error_rates : dict of dicts
+        By name of the model, then by how it was trained.
+    risks : dict of lists
+        By name of the model: wrong characters that each step expects in an utterance.
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+        stages = list(next(iter(error_rates.values())))
+        for place, (name, colour) in enumerate(zip(error_rates, (BLUE, VERMILION), strict=True)):
+            places = np.arange(len(stages)) + 0.4 * place
+            bars = left.bar(places, [100 * rate for rate in error_rates[name].values()], 0.38, color=colour, label=name)
+            left.bar_label(bars, fmt="{:.1f}")
+            steps = np.arange(1, len(risks[name]) + 1)
+            right.plot(steps, risks[name], color=colour, alpha=0.25, linewidth=1)
+            right.plot(steps, _moving_mean(risks[name], 10), color=colour, linewidth=2, label=f"{name}, mean of 10 steps")
+        left.set_xticks(np.arange(len(stages)) + 0.2, stages)
+        left.set(ylabel="held-out character error rate (%)", title="By how the recognisers were trained")
+        right.set(xlabel="step of EMBR", ylabel="expected wrong characters of an utterance", ylim=(0, None))
+        right.set_title("What EMBR makes less of")
+        for axes in (left, right):
+            axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def _speech(axes: Axes, text: str, features: np.ndarray, feature_period: float, word_starts: np.ndarray) -> None:
+    """Draw features, and where the words begin in them."""
+    # Floored, or digital silence would take most of the colours.
+    axes.imshow(
+        np.maximum(features, np.percentile(features, 5)).T, origin="lower", aspect="auto", cmap="Greys",
+        extent=(0, len(features) * feature_period, 0, features.shape[1]),
+    )  # fmt: skip
+    for word, start in zip(text.split(), word_starts, strict=True):
+        axes.axvline(start, color=VERMILION, linewidth=1)
+        axes.annotate(
+            word, (start, 1), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+            rotation=35, color=VERMILION, fontsize=10,
+        )  # fmt: skip
+    axes.set_ylabel("mel bin")
 
 
 def _staircase(alignment: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:

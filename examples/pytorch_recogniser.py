@@ -66,22 +66,33 @@ class Encoder(nn.Module):
         self.mean.copy_(torch.from_numpy(features.mean(0)))
         self.scale.copy_(torch.from_numpy(1 / features.std(0)))
 
+    def listen(self, features: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Low-level features (B, ceil(T / 4), H) of a piece of speech, and what the next piece needs of it."""
+        features = (features - self.mean) * self.scale
+        features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % SUBSAMPLING))
+        past = torch.zeros_like(features[:, :SUBSAMPLING]) if past is None else past
+        window = torch.cat([past, features], dim=1)
+        x = self.norms[0](self.convolution(window.transpose(1, 2)).relu().transpose(1, 2))
+        return x, window[:, -SUBSAMPLING:]
+
+    def understand(self, x: Tensor, hidden: list[Tensor | None], *each: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encodings (B, T, H) of low-level features, and what the layers remember; each layer is also given `each`."""
+        after = []
+        for layer, norm, before in zip(self.layers, self.norms[1:], hidden, strict=True):
+            y, last = layer(x, before, *each)
+            x = norm(x + y)
+            after.append(last)
+        return self.project(x), after
+
     def forward(self, features: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Encode a piece of speech; the state returned continues with the next one.
 
         A piece other than the last must hold a multiple of 4 frames.
         """
-        features = (features - self.mean) * self.scale
-        features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % SUBSAMPLING))
-        past, *hidden = state or [torch.zeros_like(features[:, :SUBSAMPLING]), None, None]
-        window = torch.cat([past, features], dim=1)
-        x = self.norms[0](self.convolution(window.transpose(1, 2)).relu().transpose(1, 2))
-        following = [window[:, -SUBSAMPLING:]]
-        for layer, norm, before in zip(self.layers, self.norms[1:], hidden, strict=True):
-            y, after = layer(x, before)
-            x = norm(x + y)
-            following.append(after)
-        return self.project(x), following
+        past, *hidden = state or [None, None, None]
+        x, following = self.listen(features, past)
+        encodings, after = self.understand(x, hidden)
+        return encodings, [following, *after]
 
 
 class Predictor(nn.Module):
@@ -406,14 +417,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def to_show(utterances: list[Utterance], hypotheses: list[str]) -> Utterance:
+    """Utterance for a picture: one that was heard right, where there is one."""
+    right = (utterance for utterance, hypothesis in zip(utterances, hypotheses, strict=True) if hypothesis == utterance.text)
+    # Long enough to be of interest, short enough for the characters to be readable along an axis.
+    return next((utterance for utterance in right if 25 <= len(utterance.text) <= 40), utterances[0])
+
+
 def look_into(
     model: Recogniser, training: list[Utterance], held_out: list[Utterance], done: Training, workspace: str, out: Path
 ) -> dict[str, Any]:
     """Draw the pictures, and gather the results that are known once training is over."""
     heard = list(zip(held_out, done.hypotheses, strict=True))
-    right = (utterance for utterance, hypothesis in heard if hypothesis == utterance.text)
-    # Long enough to be of interest, short enough for the characters to be readable along an axis.
-    shown = next((utterance for utterance in right if 25 <= len(utterance.text) <= 40), held_out[0])
+    shown = to_show(held_out, done.hypotheses)
     arguments = loss_arguments(model, [shown])
     alignment = transducer_loss.align(*arguments, blank=BLANK).frames[0]
     occupancy = transducer_loss.occupancy(*arguments, blank=BLANK)

@@ -18,6 +18,7 @@ struct Utterance {
     long long frames;  // T_b >= 1
     long long labels;  // U_b >= 0
     long long width;   // cells stored per row
+    long long encoder; // position of its encoder rows, which utterances may share
 };
 
 struct Cell { long long utterance, frame, label; };

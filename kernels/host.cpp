@@ -50,11 +50,15 @@ struct Registered {
 #define EXPORT_CHOICE(_1, _2, _3, chosen, ...) chosen
 #define EXPORT(...) EXPORT_CHOICE(__VA_ARGS__, EXPORT_TWO, EXPORT_ONE, EXPORT_PLAIN)(__VA_ARGS__)
 
+#include "amortized.cu"
 #include "band.cu"
 #include "compact.cu"
+#include "edit_distance.cu"
+#include "embr.cu"
 #include "joint.cu"
 #include "lattice.cu"
 #include "output_layer.cu"
+#include "reduced_predictor.cu"
 #include "sampling.cu"
 #include "simple_joint.cu"
 #include "softmax.cu"

@@ -102,7 +102,7 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
             PARALLEL(h, features) store(out + h, Real(0));
             continue;
         }
-        const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
+        const In* const e = encoder + of.encoder * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance + at.label * predictor_by_label;
         with_activation(activation, [&](auto kind) {
             if (drop.threshold == 0) {
@@ -119,7 +119,8 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
 }
 
 // dHidden of the tile [begin, begin + n), in place times the slope of the activation; and its sum over each frame's cells,
-// added to dE. One block per cell, of which those that begin a frame in the tile work, down to the frame's end.
+// added to dE, or where gradient_frames is 0 to an array of the group's rows. One block per cell, of which those that begin a
+// frame in the tile work, down to the frame's end.
 template <typename In, typename Hidden>
 KERNEL joint_backward_encoder(long long n, long long begin, const long long* cells, const Utterance* utterances,
                               long long count, const Span* spans, const In* encoder, long long encoder_by_utterance,
@@ -141,9 +142,10 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
             continue;
         }
         const long long start = first_label(of, spans, at.frame), end = end_label(of, spans, at.frame);
-        const In* const e = encoder + of.index * encoder_by_utterance + at.frame * encoder_by_frame;
+        const In* const e = encoder + of.encoder * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance;
-        Real* const sum_out = encoder_gradient + (of.index * gradient_frames + at.frame) * features;
+        const long long row = gradient_frames ? of.encoder * gradient_frames : of.rows;
+        Real* const sum_out = encoder_gradient + (row + at.frame) * features;
         with_activation(activation, [&](auto kind) {
             for (long long h0 = (long long)threadIdx.x * COLUMNS; h0 < features; h0 += (long long)blockDim.x * COLUMNS) {
                 const int lanes = (int)smaller((long long)COLUMNS, features - h0);
@@ -180,6 +182,24 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                 for (int k = 0; k < lanes; ++k) sum_out[h0 + k] += sum[k];
             }
         });
+    }
+}
+
+// Adds gradients of the group's rows to dE where utterances share their encoder: in their order, as `order` lists them by encoder.
+// One block per utterance and frame, of which those of an encoder's first utterance work.
+template <typename Real>
+KERNEL joint_backward_shared(long long count, long long most_frames, const Utterance* utterances, const long long* order,
+                             long long features, const Real* rows, Real* encoder_gradient, long long gradient_frames) {
+    BLOCKS(item, count * most_frames) {
+        const long long i = item / most_frames, t = item % most_frames;
+        const Utterance& of = utterances[order[i]];
+        if (t >= of.frames || (i > 0 && utterances[order[i - 1]].encoder == of.encoder)) continue;
+        Real* const out = encoder_gradient + (of.encoder * gradient_frames + t) * features;
+        for (long long j = i; j < count && utterances[order[j]].encoder == of.encoder; ++j) {
+            const Real* const from = rows + (utterances[order[j]].rows + t) * features;
+            SIMD
+            PARALLEL(h, features) out[h] += from[h];
+        }
     }
 }
 
@@ -228,5 +248,7 @@ EXPORT(joint_backward_encoder, bfloat16, bfloat16)
 EXPORT(joint_backward_encoder, bfloat16, float32)
 EXPORT(joint_backward_encoder, float32, float32)
 EXPORT(joint_backward_encoder, float64, float64)
+EXPORT(joint_backward_shared, float32)
+EXPORT(joint_backward_shared, float64)
 EXPORT(joint_backward_predictor, float32)
 EXPORT(joint_backward_predictor, float64)

@@ -31,6 +31,9 @@ static inline void __syncthreads() {}
 #include "emulator.h"
 #endif
 
+// A kernel of one type, for each type that arrays may have.
+#define EXPORT_FLOATS(name) EXPORT(name, float16) EXPORT(name, bfloat16) EXPORT(name, float32) EXPORT(name, float64)
+
 // BLOCKS: the work items of this block. PARALLEL: the columns of this thread.
 #if defined(__CUDACC__)
 #define BLOCKS(i, n) for (long long i = blockIdx.x; i < (n); i += gridDim.x)

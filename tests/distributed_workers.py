@@ -112,6 +112,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "blank of the second": {"blank": -2},
     "blank of the first": {"blank": 3, "reduction": "sum"},
     "band": {"band": True, "reduction": "none"},
+    "encoder index": {"encoder_index": [2, 0, 0, 2], "reduction": "none"},
     "dropout": {"dropout": 0.4},
     "no bias": {"bias": False},
     "workspace": {"workspace": 40_000, "reduction": "none"},

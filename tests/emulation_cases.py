@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import pytest
 
 import transducer_loss as tl
 from emulation import Driver, Emulated, EmulatedAsOnCuda, Plain, PlainAsOnCuda, running_on
-from transducer_loss import band, classes, joint_loss, lattice, logits_loss, pruning, sampling, simple_loss, softmax
+from transducer_loss import joint_loss, lattice, logits_loss, pruning, sampling, simple_loss, softmax
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.cells import Cells
 from transducer_loss.joint import ACTIVATIONS
@@ -27,6 +28,14 @@ P = TypeVar("P", bound=Host)
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 FRAMES, LABELS = [5, 3, 1, 2], [3, 0, 2, 3]
+
+# Of the package some are hidden by the functions of their names.
+MODULES = [
+    importlib.import_module(f"transducer_loss.{name}")
+    for name in (
+        "simple_loss", "pruning", "band", "sampling", "classes", "edit_distance", "embr", "reduced_predictor", "amortized",
+    )
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Case:
     """Attributes that differ from the host processor's."""
     rounding: str = "float32"
     """The coarsest type that anything is rounded to on the way."""
+    wanted: Callable[[], Any] | None = None
+    """What the reference makes of it."""
 
     def plain(self) -> Plain:
         """The host processor that the case is for."""
@@ -59,7 +70,7 @@ class Case:
     def on(self, processor: Host) -> list[Array]:
         """What the call returns on a processor."""
         with running_on(processor), pytest.MonkeyPatch.context() as patch:
-            for module in (simple_loss, pruning, band, sampling, classes):
+            for module in MODULES:
                 patch.setattr(module, "processor_for", lambda *_: processor)
             # Three small utterances at a time, where CUDA would take all.
             patch.setattr(simple_loss, "_TASK_BYTES", 8_000)
@@ -93,9 +104,9 @@ def expect_equal(got: list[Array], expected: list[Array], rounding: str) -> None
         np.testing.assert_allclose(values, wanted, rtol=0, atol=TOLERANCE[kind] * largest)
 
 
-def labels(rng: np.random.Generator, frames: list[int], lengths: list[int], classes: int, dtype: str = "int64") -> Array:
+def labels(rng: np.random.Generator, lengths: list[int], classes: int, dtype: str = "int64") -> Array:
     """Random labels other than 0, and past each utterance's last one something that is none."""
-    targets = rng.integers(min(1, classes - 1), classes, (len(frames), max(lengths))).astype(dtype)
+    targets = rng.integers(min(1, classes - 1), classes, (len(lengths), max(lengths))).astype(dtype)
     for b, length in enumerate(lengths):
         targets[b, length:] = -1
     return frozen(targets)
@@ -113,7 +124,7 @@ def logits_problem(
         values -= np.log(np.exp(values).sum(-1, keepdims=True))
     for b, (count, length) in enumerate(zip(frames, lengths, strict=True)):
         values[b, count:] = values[b, :, length + 1 :] = np.nan
-    targets = labels(rng, frames, lengths, classes, label_dtype)
+    targets = labels(rng, lengths, classes, label_dtype)
     if layout == "packed":
         cells = [
             utterance[:count, : length + 1].reshape(-1, classes)
@@ -138,13 +149,15 @@ def joint_problem(
     rng = np.random.default_rng(seed)
     kind = numpy_dtype(dtype)
     encoder = rng.normal(size=(len(frames), max(frames), features + 3))
-    predictor = rng.normal(size=(len(frames), max(lengths) + 1, features + 1))
-    for b, (count, length) in enumerate(zip(frames, lengths, strict=True)):
-        encoder[b, count:] = predictor[b, length + 1 :] = np.nan
+    predictor = rng.normal(size=(len(lengths), max(lengths) + 1, features + 1))
+    for b, count in enumerate(frames):
+        encoder[b, count:] = np.nan
+    for b, length in enumerate(lengths):
+        predictor[b, length + 1 :] = np.nan
     weight = rng.normal(size=(classes, features)) / np.sqrt(features)
     return (
         frozen(encoder.astype(kind))[..., :features], frozen(predictor.astype(kind))[..., 1:], frozen(weight.astype(kind)),
-        frozen(rng.normal(size=classes).astype(kind)) if bias else None, labels(rng, frames, lengths, classes), frames, lengths,
+        frozen(rng.normal(size=classes).astype(kind)) if bias else None, labels(rng, lengths, classes), frames, lengths,
     )  # fmt: skip
 
 
@@ -174,22 +187,21 @@ def joint_case(
 
     @functools.cache
     def given() -> dict[str, Any]:
+        of = {name: value for name, value in (options or {}).items() if name in ("shard", "encoder_index")}
         bound = {} if planned is None else {"workspace": _least_workspace(planned, arguments, case.plain(), of)}
         return {**(options or {}), **bound}
-
-    of = (options or {}).get("shard")
 
     case = Case(name, lambda: call(*arguments, **given()), block, cuda, processor or {}, dtype if cuda else COMPUTE[dtype])
     return case
 
 
 def _least_workspace(
-    planned: Callable[[Plan], bool], arguments: tuple[Any, ...], processor: Plain, of: tl.Shard | None
+    planned: Callable[[Plan], bool], arguments: tuple[Any, ...], processor: Plain, of: dict[str, Any]
 ) -> int:
     with running_on(processor):
         for workspace in range(4_000, 400_000, 500):
             with contextlib.suppress(ValueError):
-                if planned(plan(_joint(arguments, workspace=workspace, shard=of))):
+                if planned(plan(_joint(arguments, workspace=workspace, **of))):
                     return workspace
     raise LookupError("no workspace has such a plan")
 
@@ -280,7 +292,7 @@ def simple_case(
         am[0, 1, 2] = value
     kind = numpy_dtype(dtype)
     arguments = (
-        frozen(am.astype(kind))[..., :classes], frozen(lm.astype(kind))[..., 1:], labels(rng, frames, lengths, classes), frames,
+        frozen(am.astype(kind))[..., :classes], frozen(lm.astype(kind))[..., 1:], labels(rng, lengths, classes), frames,
         lengths,
     )  # fmt: skip
     given = options or {}
@@ -358,7 +370,7 @@ def sample_case(
     Logits are a slice of something wider, with NaN and infinities; scratch is for `at_once` bytes, work cut by `part` classes.
     """
     rng = np.random.default_rng(seed)
-    targets = labels(rng, frames, lengths, classes, label_dtype)
+    targets = labels(rng, lengths, classes, label_dtype)
     targets.flags.writeable = True
     targets[:, -1:] = targets[:, :1]  # so that several threads keep a class
     given: dict[str, Any] = {}

@@ -17,6 +17,7 @@ import numpy as np
 
 import transducer_loss as tl
 from transducer_loss import joint_loss, logits_loss, simple_loss
+from transducer_loss.amortized import STATISTICS
 from transducer_loss.arrays import FLOATS, numpy_dtype
 from transducer_loss.check import _least_workspace
 from transducer_loss.checks import TOPOLOGIES
@@ -138,6 +139,76 @@ def sampled_cases(to_device: ToDevice) -> Iterator[Case]:
         yield f"sample_classes, {name}", functools.partial(getattr, drawn, "probability")
 
 
+def edit_cases(to_device: ToDevice) -> Iterator[Case]:
+    """Edit distances of short and long sequences, on the device and from the host."""
+    rng = np.random.default_rng(4)
+    for name, members, columns, width in (
+        ("short", 3, 9, 7), ("longer than a block", 2, 700, 600), ("beyond shared memory", 2, 40, 1100), ("empty", 2, 0, 3),
+    ):  # fmt: skip
+        said, meant = rng.integers(0, 4, (3, members, columns)), rng.integers(0, 4, (3, width))
+        lengths, counts = rng.integers(0, columns + 1, (3, members)), rng.integers(0, width + 1, 3)
+        lengths[1, 1], lengths[0], counts[0] = -1, columns, width
+        for dtype, blank in (("int32", None), ("int64", 2)):
+            arrays = (to_device(array.astype(dtype)) for array in (said, lengths, meant, counts))
+            yield f"edit_distance, {name}, {dtype}", functools.partial(_edits, *arrays, blank=blank)
+    strided = to_device(said.copy()).transpose(2, 1, 0).copy().transpose(2, 1, 0)
+    yield "edit_distance, strided", functools.partial(_edits, strided, lengths, meant.tolist(), counts.tolist())
+
+
+def _edits(*arguments: Any, **options: Any) -> Any:
+    edits = tl.edit_distance(*arguments, **options)
+    return edits.total, edits.insertions, edits.deletions, edits.substitutions
+
+
+def system_cases(to_device: ToDevice) -> Iterator[Case]:
+    """EMBR training with shared encoders, the reduced decoder, and Amortized Networks."""
+    rng = np.random.default_rng(5)
+
+    def draw(*shape: int, dtype: str = "float64") -> Any:
+        return to_device(rng.normal(size=shape).astype(numpy_dtype(dtype)))
+
+    for dtype in FLOATS:
+        kind = numpy_dtype(dtype)
+        said, lengths = to_device(rng.integers(0, 2, (3, 40, 3))), rng.integers(-1, 4, (3, 40))
+        lengths[:, 0] = 3
+        embr = functools.partial(
+            tl.embr_loss, to_device(rng.gamma(2, 2, (3, 40)).astype(kind)), to_device(rng.integers(0, 9, (3, 40))),
+            reference_nll=to_device(np.ones(3, kind)), interpolation=0.1, weights=[1.0, 0.0, -0.5],
+        )  # fmt: skip
+        yield f"embr_loss {dtype}", functools.partial(embr, hypotheses=said, hypothesis_lengths=to_device(lengths), blank=1)
+        yield f"embr_loss {dtype}, lengths alone", functools.partial(embr, hypothesis_lengths=lengths, temperature=2.0)
+        yield f"embr_loss {dtype}, no gradient", functools.partial(embr, gradient=False)
+        (_, targets, frames, labels), joint = make(to_device, dtype, (5, 1, 4), (3, 0, 2))
+        index = functools.partial(tl.joint_rnnt_loss, *joint[:5], frames, labels, encoder_index=[2, 0, 2])
+        yield f"joint_rnnt_loss {dtype}, shared encoders", index
+        yield f"joint_rnnt_loss {dtype}, shared encoders, small tiles", functools.partial(_in_small_tiles, index)
+        gates, counts = draw(3, 1100, 5, dtype=dtype), [1100, 1, 700]
+        yield f"amortized_cost {dtype}", functools.partial(tl.amortized_cost, gates, [1.0, 0.5, 0.2, 0.1, 0.0], counts)
+        for statistic in STATISTICS:
+            yield f"amortized_backlog {dtype} {statistic}", functools.partial(
+                tl.amortized_backlog, gates.transpose(2, 0, 1).copy().transpose(1, 2, 0), draw(5),
+                to_device(np.array(counts)), statistic=statistic, frame_period=0.1,
+            )  # fmt: skip
+        for hard in (False, True):
+            yield f"gumbel_gate {dtype} {hard=}", functools.partial(tl.gumbel_gate, gates, counts, hard=hard, seed=3)
+        yield f"gumbel_gate_backward {dtype}", functools.partial(
+            tl.gumbel_gate_backward, draw(3, 1100, 5, dtype=dtype), gates, to_device(np.array(counts)), seed=3
+        )
+        decoder = draw(37, 700, dtype=dtype), draw(2, 3, 700, dtype=dtype), to_device(targets), labels
+        for last in (False, True):
+            upstream = draw(*((3, 700) if last else (3, targets.shape[1] + 1, 700)), dtype=dtype)
+            yield f"reduced_predictor {dtype} {last=}", functools.partial(tl.reduced_predictor, *decoder, last=last)
+            yield f"reduced_predictor_backward {dtype} {last=}", functools.partial(_both, upstream, *decoder, last=last)
+    long = to_device(rng.integers(0, 5, (2, 300)))
+    of_long = draw(2, 301, 9), draw(5, 9), draw(1, 4, 9), long, [300, 3]
+    yield "reduced_predictor_backward, long", functools.partial(_both, *of_long)
+
+
+def _both(*arguments: Any, **options: Any) -> Any:
+    grads = tl.reduced_predictor_backward(*arguments, **options)
+    return grads.embedding, grads.positions
+
+
 def _simple(*arguments: Any, **options: Any) -> Any:
     return simple_loss.forward(simple_loss.problem(
         *arguments, blank=0, topology="regular", fastemit_lambda=0.0, delay_penalty=0.0, infeasible="inf", **options
@@ -214,6 +285,7 @@ def special_cases(to_device: ToDevice, on_host: bool) -> Iterator[Case]:
         yield "labels out of range, joint", functools.partial(_some_nan, tl.joint_rnnt_loss, *joint[:4], bad, *integers[1:])
         am, lm, *_ = make_simple(to_device)
         yield "labels out of range, simple", functools.partial(_some_nan, tl.simple_rnnt_loss, am, lm, bad, *integers[1:])
+        yield from unchecked_cases(to_device)
     first = np.array([[0, 2**31 - 1, -9, 1, 0], [0] * 5, [3, 1, -(2**31), 0, 0]], np.int32)
     band = tl.Band(to_device(first), to_device(np.array([[3, 0, 4, 1, 2], [1] * 5, [0, 3, 99, 1, 1]], np.int32)), 3,
                    np.array([5, 1, 4]), np.array([3, 0, 2]), 3)  # fmt: skip
@@ -231,6 +303,31 @@ def special_cases(to_device: ToDevice, on_host: bool) -> Iterator[Case]:
         yield name, functools.partial(tl.rnnt_loss, *logits)
         yield f"{name}, joint", functools.partial(tl.joint_rnnt_loss, *joint)
         yield f"{name}, alignment", functools.partial(_best_score, *logits)
+
+
+def unchecked_cases(to_device: ToDevice) -> Iterator[Case]:
+    """Lengths and labels out of range, of the first and the last of three utterances, where only kernels can look at them."""
+    rng = np.random.default_rng(6)
+    gates, counts = to_device(rng.normal(size=(3, 6, 2))), to_device(np.array([7, 6, -(1 << 40)]))
+    for function in (tl.amortized_cost, tl.amortized_backlog):
+        yield f"lengths out of range, {function.__name__}", functools.partial(_some_nan, function, gates, [1.0, 2.0], counts)
+    yield "lengths out of range, gate", functools.partial(_some_nan, lambda: [tl.gumbel_gate(gates, counts).sum((1, 2))])
+    yield "lengths out of range, gate backward", functools.partial(tl.gumbel_gate_backward, gates, gates, counts)
+    labels, lengths = to_device(np.array([[0, 9, 1], [1, 2, 0], [0, 0, 0]])), to_device(np.array([3, 3, 4]))
+    decoder = to_device(rng.normal(size=(3, 5))), to_device(rng.normal(size=(1, 2, 5))), labels, lengths
+    for last in (False, True):
+        upstream = to_device(rng.normal(size=(3, 5) if last else (3, 4, 5)))
+        yield f"labels out of range, decoder {last=}", functools.partial(
+            _some_nan, lambda last: [tl.reduced_predictor(*decoder, last=last).reshape(3, -1).sum(1)], last
+        )
+        yield f"labels out of range, decoder backward {last=}", functools.partial(_both, upstream, *decoder, last=last)
+    far = to_device(np.array([[2, 99], [1, 3], [-(1 << 40), 1 << 40]]))
+    yield "lengths out of range, distances", functools.partial(
+        _edits, to_device(rng.integers(0, 3, (3, 2, 3))), far, labels, to_device(np.array([4, 3, -1]))
+    )
+    yield "lengths out of range, risk", lambda: tl.embr_loss(
+        gates[:, 0], gates[:, 1], hypotheses=to_device(rng.integers(0, 3, (3, 2, 3))), hypothesis_lengths=far
+    )[0][1:2]
 
 
 def _some_nan(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -273,7 +370,10 @@ def main() -> None:
         fault(arguments.fault)
         return
     count = 0
-    cases = (regular_cases(to_device), pruned_cases(to_device), sampled_cases(to_device), special_cases(to_device, on_host))
+    cases = (
+        regular_cases(to_device), pruned_cases(to_device), sampled_cases(to_device), edit_cases(to_device), system_cases(to_device),
+        special_cases(to_device, on_host),
+    )  # fmt: skip
     for name, call in itertools.chain(*cases):
         result = call()
         loss = result[0] if isinstance(result, tuple) else result

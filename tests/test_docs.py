@@ -16,6 +16,7 @@ import tensorflow as tf
 import torch
 
 import transducer_loss as tl
+from transducer_loss.adapters.torch import TiedReducedDecoder
 
 TREE = Path(__file__).resolve().parents[1]
 PAGES = [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))]
@@ -42,6 +43,8 @@ def _for_torch() -> dict[str, Any]:
     return {
         **arrays, "torch": torch, "output": output, "V": V, "features": H, "classes": V, "ctc_output": torch.nn.Linear(H, V),
         "joiner": lambda encoder, predictor: joiner(encoder + predictor),
+        "decoder": TiedReducedDecoder(H, V, weight=output.weight), "arbitrator": torch.nn.Linear(H, 2),
+        "dense": torch.nn.Linear(H, H), "cheap": torch.nn.Linear(H, H),
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,9 +21,10 @@ from emulation import (
     Builds,
     Driver,
 )
+from emulation_cases import CASES as LOSSES
 from emulation_cases import (
-    CASES,
     Case,
+    arrays_of,
     expect_equal,
     gather_case,
     joint_case,
@@ -34,6 +36,8 @@ from emulation_cases import (
     some_classes,
     within,
 )
+from emulation_system_cases import CASES as SYSTEMS
+from emulation_system_cases import edit_case, embr_case, frames_case, gate_case, reduced_case, shared_case
 from transducer_loss import engine, tiling
 from transducer_loss.arrays import FLOATS
 from transducer_loss.joint import ACTIVATIONS
@@ -44,8 +48,14 @@ from transducer_loss.sampling import PROPOSALS, SCOPES
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
 
+CASES = [*LOSSES, *SYSTEMS]
+
+
 def check(case: Case, driver: Driver) -> None:
-    expect_equal(case.on(case.emulated(driver)), case.on(case.plain()), case.rounding)
+    found = case.on(case.emulated(driver))
+    expect_equal(found, case.on(case.plain()), case.rounding)
+    if case.wanted is not None:
+        expect_equal(found, arrays_of(case.wanted()), case.rounding)
 
 
 # Blocks of hundreds of threads, and many tiles: five seconds and more each where every access is watched.
@@ -178,15 +188,73 @@ def cases(draw: st.DrawFn) -> Case:
     return joint_case("fuzz", block=block, cuda=cuda, options=options, processor=processor, **shape)
 
 
+@st.composite
+def system_cases(draw: st.DrawFn) -> Case:
+    """Of EMBR, the reduced decoder and Amortized Networks."""
+
+    def some(low: int, high: int, least: int = 1, most: int = 3) -> Any:
+        return draw(st.lists(st.integers(low, high), min_size=least, max_size=most))
+
+    shape: dict[str, Any] = {"block": draw(st.sampled_from([32, 64, 96])), "seed": draw(st.integers(0, 1000))}
+    dtype = draw(st.sampled_from(FLOATS))
+    kind = draw(st.sampled_from(["edit", "embr", "cost", "backlog", "gate", "reduced", "shared"]))
+    if kind == "edit":
+        references = some(-1, 40)
+        members = draw(st.integers(1, 4))
+        hypotheses = np.reshape(some(-1, 70, len(references) * members, len(references) * members), (len(references), members))
+        return edit_case(
+            "fuzz", hypotheses.tolist(), references, classes=draw(st.integers(1, 4)), blank=draw(st.sampled_from([None, 0, 1])),
+            dtype=draw(st.sampled_from(["int32", "int64"])), strided=draw(st.booleans()), **shape,
+        )  # fmt: skip
+    if kind == "embr":
+        return embr_case(
+            "fuzz", dtype=dtype, batch=draw(st.integers(1, 4)), members=draw(st.integers(1, 70)), labels=draw(st.booleans()),
+            lengths=draw(st.booleans()), columns=draw(st.integers(1, 6)), blank=draw(st.sampled_from([None, 0])),
+            reference_nll=draw(st.sampled_from([None, 1.0, np.inf])), temperature=draw(st.sampled_from([0.5, 1.0, 3.0])), **shape,
+        )  # fmt: skip
+    if kind in ("cost", "backlog", "gate"):
+        frames = draw(st.integers(1, 130))
+        shape |= {
+            "dtype": dtype, "frames": frames, "lengths": some(0, frames + 1), "branches": draw(st.integers(1, 9)),
+            "strided": draw(st.booleans()),
+        }  # fmt: skip
+        if kind == "gate":
+            return gate_case("fuzz", backward=draw(st.booleans()), temperature=draw(st.sampled_from([0.3, 1.0])), **shape)
+        statistic = {"statistic": draw(st.sampled_from(["mean", "last"]))} if kind == "backlog" else {}
+        return frames_case("fuzz", kind, **shape, **statistic)
+    if kind == "reduced":
+        columns = draw(st.integers(0, 8))
+        return reduced_case(
+            "fuzz", backward=draw(st.booleans()), last=draw(st.booleans()), dtype=dtype, columns=columns,
+            lengths=some(-1, columns + 1), classes=draw(st.integers(1, 9)), features=draw(st.integers(1, 130)),
+            heads=draw(st.integers(1, 3)), reach=draw(st.integers(1, 5)), strided=draw(st.booleans()), **shape,
+        )  # fmt: skip
+    frames = some(1, 6)
+    index = some(0, len(frames) - 1, most=5)
+    labels = some(0, 4, len(index), len(index))
+    options = {"occupancy_floor": 0.0, "topology": "regular"}
+    cuda = draw(st.booleans())
+    return shared_case(
+        "fuzz", index, frames, labels, dtype=dtype, options=options, cuda=cuda, block=shape["block"],
+        features=draw(st.integers(1, 70)), processor={"tile_bytes": draw(st.sampled_from([1, 1 << 20]))},
+    )  # fmt: skip
+
+
 @given(case=cases())
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_fuzz(driver: Driver, case: Case) -> None:
     check(case, driver)
 
 
+@given(case=system_cases())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_fuzz_of_the_other_systems(driver: Driver, case: Case) -> None:
+    check(case, driver)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@given(case=cases())
+@given(case=cases() | system_cases())
 @settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 def test_fuzz_for_long(driver: Driver, case: Case) -> None:
     check(case, driver)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from emulation import Builds, Driver, Emulated, KernelFault, sources
-from emulation_cases import CASES, Case, expect_equal
+from emulation_cases import CASES as LOSSES
+from emulation_cases import Case, expect_equal
+from emulation_system_cases import CASES as SYSTEMS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
@@ -31,6 +33,8 @@ class Defect:
     case: str = "joint-float32"
     kernels: str = ""
     """The file of the kernels that show it, where the defect is in a header."""
+    only: str = ""
+    """The kernel that shows it, where to compile all of the file would take long."""
 
 
 RACE = "ThreadSanitizer: data race"
@@ -148,11 +152,62 @@ DEFECTS = [
         "scattered-row-that-is-not-there", "address", "output_layer.cu", "if (v < 0 || v >= classes) continue;",
         "if (classes == 0) continue;", "AddressSanitizer", "joint-classes-unchecked",
     ),
+    Defect(
+        "diagonals-without-barrier", "thread", "edit_distance.cu", "            __syncthreads();\n            long long* const oldest",
+        "            long long* const oldest", RACE, "edit-longer-than-a-block",
+    ),
+    Defect(
+        "reference-one-too-far", "address", "edit_distance.cu", "reference[i - 1] ==", "reference[i] ==",
+        "heap-buffer-overflow", "edit-alike",
+    ),
+    Defect(
+        "label-past-the-last", "address", "edit_distance.cu", "label = i >= real ? 0 : wide", "label = wide",
+        "heap-buffer-overflow", "edit-int32",
+    ),
+    Defect(
+        "probabilities-in-place", "thread", "embr.cu", "const double p = live", "const double p = weight_of[i] = live", RACE,
+        "embr-float32",
+    ),
+    Defect(
+        "hypothesis-one-too-long", "address", "embr.cu", "while (same < count &&", "while (same <= count &&",
+        "heap-buffer-overflow|Not equal to tolerance", "embr-many-alike",
+    ),
+    Defect(
+        "backlog-without-barrier", "thread", "amortized.cu",
+        "            __syncthreads();\n            carried = handed_over[0];  // overwritten",
+        "            carried = handed_over[0];  // overwritten", RACE, "backlog-block-32-97",
+    ),
+    Defect(
+        "backlog-gradient-without-barrier", "thread", "amortized.cu",
+        "            __syncthreads();\n            carried = handed_over[0];\n", "            carried = handed_over[0];\n", RACE,
+        "backlog-block-32-97",
+    ),
+    Defect(
+        "frames-past-the-last", "address", "amortized.cu", "PARALLEL(t, frames) sum +=", "PARALLEL(t, padded) sum +=",
+        DIFFERENT, "cost-float32",
+    ),
+    Defect(
+        "gates-past-the-last", "address", "amortized.cu", "store(out + k, length > 0 && of.live() ? gate",
+        "store(out + k + 1, length > 0 && of.live() ? gate", "heap-buffer-overflow", "gate-no-lengths",
+    ),
+    Defect(
+        "products-without-barrier", "thread", "reduced_predictor.cu",
+        "            if (threadIdx.x == 0) products[r * reach + n] = product;\n        }\n        __syncthreads();\n",
+        "            if (threadIdx.x == 0) products[r * reach + n] = product;\n        }\n", RACE, "reduced-backward-float32",
+    ),
+    Defect(
+        "label-that-no-class-has", "address", "reduced_predictor.cu",
+        "labels[item] >= 0 && labels[item] < classes ? labels[item] : -1", "labels[item]", "AddressSanitizer", "reduced-unchecked",
+    ),
+    Defect(
+        "frames-that-an-encoder-has-not", "address", "joint.cu", "if (t >= of.frames || (i > 0", "if ((i > 0",
+        "heap-buffer-overflow|Not equal to tolerance", "shared-float32", only="joint_backward_shared",
+    ),
 ]  # fmt: skip
 
 
 def case_of(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in [*LOSSES, *SYSTEMS] if case.name == name)
 
 
 def with_defect(defect: Defect, folder: Path) -> Path:
@@ -162,7 +217,10 @@ def with_defect(defect: Defect, folder: Path) -> Path:
     broken = folder / defect.file
     text = broken.read_text()
     assert text.count(defect.old) == 1
-    broken.write_text(text.replace(defect.old, defect.new))
+    text = text.replace(defect.old, defect.new)
+    if defect.only:
+        text = re.sub(rf"EXPORT\((?!{defect.only}).*\)\n", "", text)
+    broken.write_text(text)
     host = folder / "host.cpp"
     wanted = defect.kernels or defect.file
     host.write_text(re.sub(r'#include "(\w+\.cu)"\n', lambda found: found[0] if found[1] == wanted else "", host.read_text()))

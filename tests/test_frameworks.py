@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,17 +44,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint_rnnt_loss of classes": ("joint", {"classes": "made", "occupancy_floor": 0.0}),
     "simple_rnnt_loss": ("simple", {"blank": -1}),
     "simple_rnnt_loss smoothed": ("simple", {"lm_only_scale": 0.25, "am_only_scale": 0.125, "fastemit_lambda": 0.25}),
+    "joint_rnnt_loss of shared encoders": ("shared", {"blank": -1, "activation": "gelu"}),
+    "embr_loss": ("lists", {"temperature": 1.5, "interpolation": 0.25, "blank": 3}),
+    "reduced_predictor": ("vectors", {}),
+    "reduced_predictor of last rows": ("vectors", {"last": True}),
+    "amortized_cost": ("gates", {"costs": [2.25, 0.1, 0.7]}),
+    "amortized_backlog": ("gates", {"durations": [2.25, 0.1, 0.7], "frame_period": 0.6}),
+    "amortized_backlog at the end": ("gates", {"durations": [2.25, 0.1, 0.7], "frame_period": 0.6, "statistic": "last"}),
+    "gumbel_gate": ("gates", {"temperature": 0.7, "seed": 5}),
+    "gumbel_gate hard": ("gates", {"temperature": 0.7, "seed": 5, "hard": True}),
 }
+
+# The last of a kind's arrays, which are given by name.
+NAMED = {
+    "shared": ("encoder_index",), "lists": ("reference_nll", "distances", "hypotheses", "hypothesis_lengths"),
+    "gates": ("lengths",),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A loss, and what it is called with: floats of a dtype, lengths of which some are 1 and 0, NaN in the padding."""
+    """A function, and what it is called with: floats of a dtype, lengths of which some are 1 and 0, NaN in the padding."""
 
     function: str
     floats: tuple[Array | None, ...]
-    integers: tuple[Array, Array, Array]
+    integers: tuple[Array, ...]
     options: dict[str, Any]
+    named: tuple[str, ...]
 
     @classmethod
     @functools.cache
@@ -64,27 +81,60 @@ class Call:
         B, T, U1 = len(FRAMES), FRAMES.max() + 1, LABELS.max() + 2
         blank = options.get("blank", 0) % CLASSES
         targets = random_targets(rng, LABELS, U1, CLASSES, blank if options.get("hat") else None)
-        integers = targets, FRAMES, LABELS
+        integers: tuple[Array, ...] = (targets, FRAMES, LABELS)
+        if kind == "shared":
+            integers = (targets, FRAMES[[0, 2]], LABELS, np.array([1, 0, 0, 1]))
         band = tl.Band(*_band())
         shapes = {
             "logits": [(B, T, U1, CLASSES)], "band": [(B, T, band.width, CLASSES)], "simple": [(B, T, CLASSES), (B, U1, CLASSES)],
             "joint": [(B, T, FEATURES), (B, U1, FEATURES), (CLASSES, FEATURES), (CLASSES,)],
         }
-        shapes["no bias"] = shapes["joint"][:3]
+        shapes |= {
+            "no bias": shapes["joint"][:3], "shared": [(2, T, FEATURES), *shapes["joint"][1:]], "lists": [(B, 4), (B,)],
+            "vectors": [(CLASSES, FEATURES), (2, 3, FEATURES)], "gates": [(B, T, 3)],
+        }  # fmt: skip
         arrays = [rng.normal(size=shape) for shape in shapes[kind]]
         if options.get("normalized"):
             arrays[0] -= np.logaddexp.reduce(arrays[0], axis=-1, keepdims=True)
-        for b, (count, length) in enumerate(zip(FRAMES, LABELS, strict=True)):
-            arrays[0][b, count:] = np.nan
-            if kind == "logits":
-                arrays[0][b, :, length + 1 :] = np.nan
-            elif kind != "band":
-                arrays[1][b, length + 1 :] = np.nan
+        if kind == "lists":
+            integers = _lists(rng)
+            arrays[0][integers[-1] < 0] = np.nan
+        elif kind == "vectors":
+            integers = (targets, LABELS)
+        else:
+            for b, count in enumerate(integers[1]):
+                arrays[0][b, count:] = np.nan
+            for b, length in enumerate(LABELS):
+                if kind == "logits":
+                    arrays[0][b, :, length + 1 :] = np.nan
+                elif kind not in ("band", "gates"):
+                    arrays[1][b, length + 1 :] = np.nan
+            integers = (FRAMES,) if kind == "gates" else integers
         made: dict[str, Any] = {"band": band} if kind == "band" or "band" in options else {}
         if "classes" in options:
             made["classes"] = tl.sample_classes(targets, LABELS, vocab_size=CLASSES, num_samples=2, correction=True)
         floats: list[Array | None] = [array.astype(numpy_dtype(dtype)) for array in arrays]
-        return cls(variant.split()[0], (*floats, *[None] * (kind == "no bias")), integers, {**options, **made})
+        return cls(
+            variant.split()[0], (*floats, *[None] * (kind == "no bias")), integers, {**options, **made}, NAMED.get(kind, ())
+        )  # fmt: skip
+
+    def arguments(self, floats: Any, integers: Any) -> tuple[list[Any], dict[str, Any]]:
+        """A framework's arrays as the function takes them: by position, and by name."""
+        arrays = [*floats, *integers]
+        count = len(arrays) - len(self.named)
+        return arrays[:count], dict(zip(self.named, arrays[count:], strict=True))
+
+    def made_by(self, module: Any, floats: Any, integers: Any, **options: Any) -> Any:
+        """The result of a framework's function, without the occupancies or gradients that come with it."""
+        arguments, named = self.arguments(floats, integers)
+        result = getattr(module, self.function)(*arguments, **named, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    def upstream(self, weights: Array) -> Array:
+        """The gradient that comes back to the result, of a weight for each utterance; exact in every dtype."""
+        shape = self.made_by(tl, self.floats, self.integers, **self.options).shape
+        each = 1 + np.arange(int(np.prod(shape[1:]))).reshape(shape[1:]) % 5 / 4
+        return weights.reshape(-1, *[1] * len(shape[1:])) * each
 
     @property
     def inputs(self) -> list[Array]:
@@ -102,6 +152,14 @@ class Call:
         return {**defaults, **self.options}
 
 
+def _lists(rng: np.random.Generator) -> tuple[Array, ...]:
+    """Distances, labels and lengths of N-best lists with padding, an empty hypothesis, and some that come twice."""
+    hypotheses, lengths = rng.integers(0, CLASSES, (4, 4, 5)), np.array([[4, 0, 4, -1], [3, 2, 2, 1], [-1, 1, 5, 5], [2] * 4])
+    hypotheses[0, 2], hypotheses[3] = hypotheses[0, 0], hypotheses[3, 0]
+    hypotheses[np.arange(5) >= lengths[..., None]] = -1
+    return rng.integers(0, 6, (4, 4)), hypotheses, lengths
+
+
 def _band() -> tuple[Any, ...]:
     T = FRAMES.max() + 1
     row = np.minimum(np.arange(T), FRAMES[:, None] - 1)
@@ -111,12 +169,17 @@ def _band() -> tuple[Any, ...]:
 
 def with_numpy(call: Call, upstream: Array) -> Result:
     """By the core alone, in the two steps that frameworks take: the losses, then the gradient with the true upstream weights."""
-    arguments = (*call.floats, *call.integers)
-    if call.function == "rnnt_loss":
-        loss, gradient = tl.rnnt_loss(*arguments, weights=upstream, **call.options)
-        return loss, (gradient,)
+    arguments, named = call.arguments(call.floats, call.integers)
+    if call.function in ("rnnt_loss", "embr_loss", "amortized_cost", "amortized_backlog"):
+        loss, gradient = getattr(tl, call.function)(*arguments, **named, weights=upstream, **call.options)
+        return loss, _gradients(gradient)
+    if call.function in ("reduced_predictor", "gumbel_gate"):
+        result = call.made_by(tl, call.floats, call.integers, **call.options)
+        options = {name: value for name, value in call.options.items() if name != "hard"}
+        backward = getattr(tl, f"{call.function}_backward")
+        return result, _gradients(backward(upstream.astype(result.dtype), *arguments, **named, **options))
     if call.function == "joint_rnnt_loss":
-        joint = joint_loss.problem(*arguments, **call.all_options)
+        joint = joint_loss.problem(*arguments, **named, **call.all_options)
         done = joint_loss.forward(joint, later=True)
         sums = joint_loss.backward(joint, done, logits_loss.weights_of(joint, upstream)).native
         return done.native, tuple(total.astype(call.inputs[0].dtype) for total in sums if total is not None)
@@ -125,6 +188,11 @@ def with_numpy(call: Call, upstream: Array) -> Result:
     weights = upstream.astype(found.loss.dtype)[:, None, None]
     assert found.gradients is not None
     return found.loss, tuple((total * weights).astype(call.inputs[0].dtype) for total in found.gradients)
+
+
+def _gradients(found: Any) -> tuple[Array, ...]:
+    """By each of the inputs."""
+    return tuple(vars(found).values()) if dataclasses.is_dataclass(found) else (found,)
 
 
 def of_torch(array: Array) -> torch.Tensor:
@@ -140,15 +208,11 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value)
 
 
-def first(result: Any) -> Any:
-    """The loss of a function that also returns occupancies."""
-    return result[0] if isinstance(result, tuple) else result
-
-
 def with_torch(call: Call, upstreams: tuple[Array, ...]) -> list[Result]:
     tensors = [None if array is None else of_torch(array).requires_grad_() for array in call.floats]
     integers = [torch.from_numpy(array) for array in call.integers]
-    loss = first(getattr(for_torch, call.function)(*tensors, *integers, reduction="none", **call.options))
+    reduced = {"reduction": "none"} if "reduction" in inspect.signature(getattr(for_torch, call.function)).parameters else {}
+    loss = call.made_by(for_torch, tensors, integers, **reduced, **call.options)
     inputs = [tensor for tensor in tensors if tensor is not None]
     return [
         (to_numpy(loss), tuple(map(to_numpy, torch.autograd.grad(loss, inputs, of_torch(upstream).to(loss.dtype), retain_graph=True))))
@@ -163,7 +227,7 @@ def with_tensorflow(call: Call, upstreams: tuple[Array, ...], graph: bool) -> li
         given = [*inputs, *[None] * (len(call.floats) - len(inputs))]
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(inputs)
-            loss = first(getattr(for_tensorflow, call.function)(*given, *integers, **options))
+            loss = call.made_by(for_tensorflow, given, integers, **options)
         return loss, [tape.gradient(loss, inputs, tf.cast(upstream, loss.dtype)) for upstream in upstreams]
 
     run = tf.function(losses) if graph else losses
@@ -181,7 +245,7 @@ def with_jax(call: Call, upstreams: tuple[Array, ...], jit: bool) -> list[Result
     def losses(inputs: Any, integers: Any, arrays: Any, upstreams: Any) -> Any:
         def function(inputs: Any) -> Any:
             given = [*inputs, *[None] * (len(call.floats) - len(inputs))]
-            return first(getattr(for_jax, call.function)(*given, *integers, **arrays, **options))
+            return call.made_by(for_jax, given, integers, **arrays, **options)
 
         loss, gradients = jax.vjp(function, inputs)
         return loss, [gradients(upstream.astype(loss.dtype))[0] for upstream in upstreams]
@@ -233,6 +297,10 @@ FRAMEWORKS: dict[str, Callable[[Call, tuple[Array, ...]], list[Result]]] = {
 }
 
 
+# Whose reference takes what the function takes, and gives gradients of weighted sums.
+LATTICES = ("logits", "band", "joint", "no bias", "simple")
+
+
 def _cases() -> list[Any]:
     return [
         pytest.param(framework, variant, id=f"{framework}-{variant}")
@@ -253,9 +321,8 @@ def expect_bits(got: Array, expected: Array) -> None:
 def test_same_bits(framework: str, variant: str, dtype: str) -> None:
     call = Call.of(variant, dtype)
     # Backward as often as there are upstream weights, and once more, which is to change nothing.
-    for upstream, (loss, gradients) in zip(
-        (*UPSTREAMS, UPSTREAMS[0]), FRAMEWORKS[framework](call, (*UPSTREAMS, UPSTREAMS[0])), strict=True
-    ):
+    upstreams = tuple(call.upstream(weights) for weights in (*UPSTREAMS, UPSTREAMS[0]))
+    for upstream, (loss, gradients) in zip(upstreams, FRAMEWORKS[framework](call, upstreams), strict=True):
         wanted, wanted_gradients = with_numpy(call, upstream)
         expect_bits(loss, wanted)
         for got, expected in zip(gradients, wanted_gradients, strict=True):
@@ -263,9 +330,9 @@ def test_same_bits(framework: str, variant: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant, (kind, _) in VARIANTS.items() if kind in LATTICES])
 def test_the_numbers_are_right(variant: str, dtype: str) -> None:
-    """Those of the core, which all frameworks agree with, against the float64 reference."""
+    """Those of the core, which all frameworks agree with, against the float64 reference; of others each has tests of its own."""
     call = Call.of(variant, dtype)
     options = {name: value for name, value in call.options.items() if name not in ("band", "classes", "dropout", "seed", "occupancy_floor")}
     if "dropout" in call.options:
@@ -315,6 +382,20 @@ def test_bands_and_classes_are_the_same() -> None:
         np.testing.assert_array_equal(found_slots[:, : slots.shape[1]], slots)
         assert (found_slots[:, slots.shape[1] :] == -1).all()
         expect_bits(to_numpy(module.gather_predictor(convert(lm), pruned)), rows)
+
+
+def test_edit_distances_are_the_same() -> None:
+    call = Call.of("embr_loss", "float32")
+    _, hypotheses, lengths = call.integers
+    references = Call.of("reduced_predictor", "float32").integers
+    expected = tl.edit_distance(hypotheses, lengths, *references, blank=3)
+    for module, convert in (
+        (for_torch, torch.from_numpy), (for_tensorflow, tf.constant), (for_jax, jnp.asarray),
+    ):  # fmt: skip
+        found = module.edit_distance(*map(convert, (hypotheses, lengths, *references)), blank=3)
+        assert isinstance(found, module.EditDistance)
+        for name in ("total", "insertions", "deletions", "substitutions"):
+            expect_bits(to_numpy(getattr(found, name)), getattr(expected, name))
 
 
 def test_any_joint_network() -> None:

@@ -17,17 +17,22 @@ from transducer_loss import joint_loss, logits_loss, reference, simple_loss
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from transducer_loss.adapters.jax import callback as jax_callback  # noqa: E402
 from transducer_loss.adapters.jax import (  # noqa: E402
+    amortized_backlog,
+    amortized_cost,
+    embr_loss,
     gather_predictor,
+    gumbel_gate,
     joint_rnnt_loss,
     labels_in,
     prune,
+    reduced_predictor,
     rnnt_loss,
     sample_classes,
     samplewise_rnnt_loss,
     simple_rnnt_loss,
 )
+from transducer_loss.adapters.jax import callback as jax_callback  # noqa: E402
 from transducer_loss.adapters.jax import given as jax_given  # noqa: E402
 from transducer_loss.adapters.jax import joint as jax_joint  # noqa: E402
 from transducer_loss.adapters.jax import logits as jax_logits  # noqa: E402
@@ -820,10 +825,14 @@ class TestSamplewise:
 
 
 def losses():
-    """Every function with a gradient: a call of its float arguments, and these."""
+    """Every function with a gradient: a call of its float arguments, one number for each of four utterances; and these."""
     (encoder, predictor, weight, bias), batch = joint_arguments("float32")
     encoder, predictor = np.nan_to_num(encoder), np.nan_to_num(predictor)
     logits = np.tanh(encoder[:, :, None] + predictor[:, None]) @ weight.T
+    targets, frames, labels = batch
+    index = np.array([2, 0, 0, 1])
+    scores, distances = (np.abs(each @ weight[:5].T)[:, 0] for each in (encoder, predictor))
+    gates, factor = np.abs(encoder), np.cos(np.arange(6, dtype="f"))
     return {
         "rnnt_loss": (lambda x: rnnt_loss(x, *batch), (logits,)),
         "joint_rnnt_loss": (lambda *x: joint_rnnt_loss(*x, *batch), (encoder, predictor, weight, bias)),
@@ -832,6 +841,17 @@ def losses():
             lambda *x: samplewise_rnnt_loss(any_joint, dict(zip(("gate", "output", "bias"), x[2:], strict=True)), *x[:2], *batch),
             (encoder, predictor, np.eye(6, dtype="f"), weight.T.copy(), bias),
         ),
+        "encoder_index": (
+            lambda *x: joint_rnnt_loss(*x, targets, frames[:3], labels, encoder_index=index),
+            (encoder[:3], predictor, weight, bias),
+        ),
+        "embr_loss": (lambda *x: embr_loss(x[0], distances, reference_nll=x[1], interpolation=0.5), (scores, scores[:, 0])),
+        "reduced_predictor": (
+            lambda *x: (reduced_predictor(*x, targets, labels) * factor).sum((1, 2)), (weight, np.stack([encoder[0, :2]] * 2)),
+        ),
+        "amortized_cost": (lambda x: amortized_cost(x, factor, frames), (gates,)),
+        "amortized_backlog": (lambda x: amortized_backlog(x, factor, frames, frame_period=0.25), (gates,)),
+        "gumbel_gate": (lambda x: (gumbel_gate(x, frames, hard=True, seed=3) * factor).sum((1, 2)), (encoder,)),
     }  # fmt: skip
 
 
@@ -1073,7 +1093,10 @@ class TestProcesses:
             import json
             import jax, jax.numpy as jnp, numpy as np
             from jax.sharding import PartitionSpec as P
-            from transducer_loss.adapters.jax import joint_rnnt_loss, prune, rnnt_loss, sample_classes, samplewise_rnnt_loss, simple_rnnt_loss
+            from transducer_loss.adapters.jax import (
+                amortized_backlog, amortized_cost, edit_distance, embr_loss, gumbel_gate, joint_rnnt_loss, prune,
+                reduced_predictor, rnnt_loss, sample_classes, samplewise_rnnt_loss, simple_rnnt_loss,
+            )
 
             rng = np.random.default_rng(0)
             floats = tuple(rng.normal(size=shape).astype("f") for shape in ((4, 9, 6), (4, 5, 6), (11, 6), (11,)))
@@ -1082,6 +1105,21 @@ class TestProcesses:
 
             def joint(params, e, p):
                 return jnp.tanh(e + p) @ params[0].T + params[1]
+
+            def risk(encoder, weight, bias, targets, frames, labels):
+                lists, counts = jnp.stack([targets, targets % 3], 1), jnp.stack([labels, labels], 1)
+                of = lists.reshape(-1, 4), counts.reshape(-1)
+                nll = joint_rnnt_loss(
+                    encoder, reduced_predictor(weight, floats[0][:2, :2], *of), weight, bias, of[0], frames, of[1],
+                    encoder_index=jnp.arange(len(of[1])) // 2,
+                )
+                distances = edit_distance(lists, counts, targets, labels).total
+                return embr_loss(nll.reshape(-1, 2), distances, hypotheses=lists, hypothesis_lengths=counts)
+
+            def work(encoder, frames):
+                gates = gumbel_gate(encoder, frames, noise=False, hard=True)
+                each = jnp.arange(6.0)
+                return amortized_cost(gates, each, frames) + amortized_backlog(gates, each, frames, frame_period=2.0)
 
             def losses(encoder, predictor, weight, bias, targets, frames, labels, weights):
                 am, lm = encoder @ weight.T, predictor @ weight.T
@@ -1097,6 +1135,8 @@ class TestProcesses:
                         joint_rnnt_loss(encoder, predictor, weight, None, *rest, band=band, dropout=0.0),
                         joint_rnnt_loss(encoder, predictor, weight, bias, *rest, classes=classes),
                         samplewise_rnnt_loss(joint, (weight, bias), encoder, predictor, *rest),
+                        risk(encoder, weight, bias, *rest),
+                        work(encoder, frames),
                     )
                 ])
 

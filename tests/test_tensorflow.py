@@ -794,7 +794,8 @@ def test_errors_teach() -> None:
 
 def test_public_names() -> None:
     assert sorted(tftl.__all__) == sorted([
-        "Band", "Classes", "Occupancy", "gather_predictor", "joint_rnnt_loss", "labels_in", "prune", "rnnt_loss", "sample_classes",
-        "samplewise_rnnt_loss", "simple_rnnt_loss",
+        "Band", "Classes", "EditDistance", "Occupancy", "amortized_backlog", "amortized_cost", "edit_distance", "embr_loss",
+        "gather_predictor", "gumbel_gate", "joint_rnnt_loss", "labels_in", "prune", "reduced_predictor", "rnnt_loss",
+        "sample_classes", "samplewise_rnnt_loss", "simple_rnnt_loss",
     ])
     assert tensorflow_logits.rnnt_loss.__doc__ is not None

@@ -360,6 +360,8 @@ OF_JOINT = {
     **COMMON, "activation": "tanh", "dropout": 0.2, "hat": False, "workspace": None, "occupancy_floor": 0.0, "sparse": False,
 }  # fmt: skip
 OF_SIMPLE = {**COMMON, "lm_only_scale": 0.2, "am_only_scale": 0.1, "shared_unigram": False}
+OF_EMBR = {"blank": 3, "temperature": 1.5, "infeasible": "inf", "validate": False}
+OF_BACKLOG = {"frame_period": 1.0, "statistic": "mean", "validate": False}
 OF_SAMPLING = {
     "vocab_size": V, "num_samples": 2, "proposal": "uniform", "scope": "batch", "blank": 0, "correction": False, "step": 0,
     "validate": False,
@@ -375,8 +377,14 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     classes = LIBRARY.sample_classes(*given[::2], None, None, None, seed, **OF_SAMPLING)
     nothing: tuple[Any, ...] = ([], [], [])
     saved = LIBRARY.rnnt_loss(logits, *given, [], True, **OF_LOGITS)[2:]
-    later = LIBRARY.joint_rnnt_loss("later", *joint, *given, seed, *nothing, **OF_JOINT)[2:]
+    later = LIBRARY.joint_rnnt_loss("later", *joint, *given, None, seed, *nothing, **OF_JOINT)[3:]
+    index = torch.tensor([1, 0, 0, 2])
+    sharing = (joint[0][:3], *joint[1:], given[0], given[1][:3], given[2], index, seed, *nothing)
+    shared = LIBRARY.joint_rnnt_loss("later", *sharing, **OF_JOINT)[4:]
     rows = torch.ones(4, 9, int(band[4]), 6)
+    hypotheses, lengths = torch.randint(1, V, (4, 3, 6)), torch.tensor([[6, 0, -1], [3, 3, 3], [-1, 2, 1], [5, 4, 6]])
+    nll, distances = torch.randn(4, 3), torch.tensor([[1, 0, 9], [2, 2, 2], [9, 3, 1], [0, 4, 1]])
+    each, positions, heat = torch.rand(V, dtype=torch.float64), torch.randn(2, 3, 6), torch.tensor(0.5, dtype=torch.float64)
     by_ctc = {**OF_SAMPLING, "proposal": "ctc", "scope": "utterance"}
     return {
         "host integers": (LIBRARY.host_integers, ([3, 1, 2],), {}),
@@ -384,14 +392,19 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "logits, no gradient": (LIBRARY.rnnt_loss, (logits.bfloat16(), *given, [], False), OF_LOGITS),
         "logits backward": (LIBRARY.rnnt_loss_backward, (upstream, saved, logits, *given, []), OF_LOGITS),
         **{
-            f"joint, {gradient}": (LIBRARY.joint_rnnt_loss, (gradient, *joint, *given, seed, *nothing), OF_JOINT)
+            f"joint, {gradient}": (LIBRARY.joint_rnnt_loss, (gradient, *joint, *given, None, seed, *nothing), OF_JOINT)
             for gradient in ("none", "mean", "sum", "later")
         },
-        "joint, band": (LIBRARY.joint_rnnt_loss, ("later", *joint, *given, seed, band, [], []), OF_JOINT),
+        "joint, band": (LIBRARY.joint_rnnt_loss, ("later", *joint, *given, None, seed, band, [], []), OF_JOINT),
         "joint, classes": (
-            LIBRARY.joint_rnnt_loss, ("mean", *joint[:3], None, *given, seed, [], classes, [V, 0, 0]), OF_JOINT,
+            LIBRARY.joint_rnnt_loss, ("mean", *joint[:3], None, *given, None, seed, [], classes, [V, 0, 0]), OF_JOINT,
         ),
-        "joint backward": (LIBRARY.joint_rnnt_loss_backward, (upstream, later, *joint, *given, seed, *nothing), OF_JOINT),
+        **{
+            f"joint, encoder index, {gradient}": (LIBRARY.joint_rnnt_loss, (gradient, *sharing), OF_JOINT)
+            for gradient in ("none", "mean", "later")
+        },
+        "joint backward": (LIBRARY.joint_rnnt_loss_backward, (upstream, later, *joint, *given, None, seed, *nothing), OF_JOINT),
+        "joint, encoder index, backward": (LIBRARY.joint_rnnt_loss_backward, (upstream, shared, *sharing), OF_JOINT),
         "simple": (LIBRARY.simple_rnnt_loss, (am, lm, *given, None, True), OF_SIMPLE),
         "simple, weights": (LIBRARY.simple_rnnt_loss, (am, lm, *given, upstream, True), OF_SIMPLE),
         "prune": (LIBRARY.prune, (*simple[1:3], *given[1:], 3, "optimal", "constrained"), {}),
@@ -400,6 +413,28 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "sample": (LIBRARY.sample_classes, (*given[::2], None, None, None, seed), OF_SAMPLING),
         "sample by ctc": (LIBRARY.sample_classes, (*given[::2], None, am, given[1], seed), by_ctc),
         "labels in": (LIBRARY.labels_in, (*given[::2], classes, [V, 0, 0], False), {}),
+        "edit distance": (
+            LIBRARY.edit_distance, (hypotheses, lengths, given[0], given[2]), {"blank": 3, "validate": False},
+        ),
+        **{
+            f"embr, {name}": (LIBRARY.embr_loss, (nll, *arguments), {**OF_EMBR, "interpolation": interpolation})
+            for name, arguments, interpolation in (
+                ("alone", (None, distances, None, None, None, False), 0.0),
+                ("backward", (None, distances, None, lengths, upstream, True), 0.0),
+                ("reference", (nll[:, 0], distances, hypotheses, lengths, None, True), 0.5),
+            )
+        },
+        "cost": (LIBRARY.amortized_cost, (am, each, given[1], None, False), {"validate": False}),
+        "cost backward": (LIBRARY.amortized_cost, (am.bfloat16(), each, given[1], upstream, True), {"validate": None}),
+        "backlog": (LIBRARY.amortized_backlog, (am, each, given[1], None, False), OF_BACKLOG),
+        "backlog backward": (LIBRARY.amortized_backlog, (am, each, given[1], upstream, True), OF_BACKLOG),
+        "gate": (LIBRARY.gumbel_gate, (am, given[1], heat, seed), {"hard": True, "noise": True, "validate": False}),
+        "gate backward": (LIBRARY.gumbel_gate_backward, (am, am, None, heat, seed), {"noise": True}),
+        "reduced": (LIBRARY.reduced_predictor, (joint[2], positions, *given[::2]), {"last": False, "validate": False}),
+        "reduced, last": (LIBRARY.reduced_predictor, (joint[2], positions, *given[::2]), {"last": True, "validate": None}),
+        "reduced backward": (
+            LIBRARY.reduced_predictor_backward, (joint[1], joint[2], positions, *given[::2]), {"last": False},
+        ),
     }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from transducer_loss.adapters.torch import (
 
 MODULES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], Callable[..., Any], set[str]]] = {
     "RNNTLoss": (RNNTLoss, (), rnnt_loss, {"band"}),
-    "JointRNNTLoss": (JointRNNTLoss, (5, 6), joint_rnnt_loss, {"band", "classes"}),
-    "PrunedRNNTLoss": (PrunedRNNTLoss, (5, 6), joint_rnnt_loss, {"band", "classes"}),
+    "JointRNNTLoss": (JointRNNTLoss, (5, 6), joint_rnnt_loss, {"band", "classes", "encoder_index"}),
+    "PrunedRNNTLoss": (PrunedRNNTLoss, (5, 6), joint_rnnt_loss, {"band", "classes", "encoder_index"}),
     "SamplewiseRNNTLoss": (SamplewiseRNNTLoss, (torch.nn.Linear(5, 6),), samplewise_rnnt_loss, set()),
 }
 of_each_module = pytest.mark.parametrize(("module", "arguments", "function", "of_the_call"), MODULES.values(), ids=MODULES)

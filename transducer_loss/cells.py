@@ -22,11 +22,13 @@ class Group:
     columns: int
     """Labels plus one of its longest transcript."""
     table: Any
-    """(count, 6) int64 on the processor: the kernels' `Utterance`."""
+    """(count, 7) int64 on the processor: the kernels' `Utterance`."""
     spans: Any
     """First label and one past the last of every lattice row, (rows, 2) int32, or None: full rows. `Span` of the kernels."""
     offsets: Ints
     """First cell of each utterance, and the number of cells, on the host."""
+    by_encoder: Any = None
+    """(count,) int64 on the processor: the utterances by encoder, where they share them."""
 
     def select(self, begin: int, end: int) -> tuple[Any, int]:
         """Utterances [begin, end) of the group, as kernels take them: table and count."""
@@ -52,6 +54,8 @@ class Cells:
         The labels [first, end) of each lattice row of a band; without `end` all that fit its width.
     columns : int or None
         Of padded arrays of a band's cells, (B, T, columns).
+    encoders : (B,) int64 or None
+        Whose encoder rows each utterance has, where they share them.
     """
 
     frames: Ints
@@ -60,6 +64,7 @@ class Cells:
     first: Any = None
     end: Any = None
     columns: int | None = None
+    encoders: Ints | None = None
 
     @classmethod
     def full(cls, frames: Ints, labels: Ints) -> Cells:
@@ -88,10 +93,12 @@ class Cells:
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         rows = np.concatenate([[0], np.cumsum(frames)]).astype(np.int64)
         index = np.arange(begin, begin + len(frames))
-        table = np.stack([index, offsets[:-1], rows[:-1], frames, labels, width], axis=1).astype(np.int64)
+        encoders = index if self.encoders is None else self.encoders[part]
+        order = None if self.encoders is None else processor.to_device(np.argsort(encoders, kind="stable"))
+        table = np.stack([index, offsets[:-1], rows[:-1], frames, labels, width, encoders], axis=1).astype(np.int64)
         return Group(
             begin, len(frames), int(offsets[-1]), int(rows[-1]), int(labels.max()) + 1,
-            processor.to_device(table), self._spans(processor, part), offsets,
+            processor.to_device(table), self._spans(processor, part), offsets, order,
         )  # fmt: skip
 
     def _spans(self, processor: Any, part: slice) -> Any:

@@ -1,4 +1,4 @@
-"""Every loss and gradient on the device at hand, against float64 loops (`transducer_loss.reference`)."""
+"""Every function and gradient on the device at hand, against float64 loops (`transducer_loss.reference`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import transducer_loss
+from transducer_loss import check_systems
 from transducer_loss.arrays import COMPUTE, FLOATS, as_numpy, numpy_dtype
 from transducer_loss.check_cases import VARIANTS_OF, Array, Case, cases, expected, inputs, options
 from transducer_loss.checks import TOPOLOGIES, choice
@@ -20,21 +21,24 @@ from transducer_loss.info import cuda
 
 FUNCTIONS = tuple(VARIANTS_OF)
 
+# Functions whose value is an array of the inputs' dtype.
+_OF_THE_DTYPE = ("reduced_predictor", "gumbel_gate")
+
 _EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What `check` found for one way to call one loss.
+    """What `check` found for one way to call one function.
 
     Attributes
     ----------
     function, topology, dtype, variant : str
-        How it was called.
+        How it was called; without a lattice there is no topology.
     loss_error : float
-        Worst of ``|loss - reference| / max(1, |reference|)`` over the utterances.
+        Worst of ``|loss - reference| / max(1, |reference|)`` over the utterances; of what is no loss, over the elements.
     gradient_error : float
-        Worst of ``norm(gradient - reference) / norm(reference)`` over the gradients.
+        Worst of ``norm(gradient - reference) / norm(reference)`` over the gradients; 0 where there are none.
     loss_budget, gradient_budget : float
         What these may be at most.
     problem : str
@@ -57,6 +61,11 @@ class Row:
         return not self.problem and self.loss_error <= self.loss_budget and self.gradient_error <= self.gradient_budget
 
 
+def topologies_of(function: str) -> tuple[str, ...]:
+    """Those of a function with a lattice; else one that is empty."""
+    return ("",) if function in check_systems.VARIANTS_OF else TOPOLOGIES
+
+
 def _least_workspace(call: Callable[..., Any]) -> int:
     """The least workspace that would do, as the error for a single byte says."""
     try:
@@ -73,8 +82,14 @@ def _results(
     function: str, topology: str, variant: str, dtype: str, case: Case, to_device: Callable[[Array], Any]
 ) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Loss and gradients of a case, in every way that the function has to make them."""
+    if function in check_systems.VARIANTS_OF:
+        of = case.system(function, variant)
+        yield of.run(to_device, *(to_device(array.astype(numpy_dtype(dtype))) for array in of.floats))
+        return
     floats, integers = inputs(function, variant, case)
     parts: dict[str, Any] = {"band": case.band} if "band" in variant else {}
+    if variant == "shared encoders":
+        parts["encoder_index"] = case.encoder_index
     if "classes" in variant:
         parts["classes"] = case.classes(variant, dtype, to_device)
     call = functools.partial(
@@ -115,6 +130,8 @@ def budgets(function: str, dtype: str, device: str) -> tuple[float, float]:
     - A half-type gradient is computed in float32 and rounded once, to within e / 2: e.
     - On CUDA the joint-fused loss hands half types to the tensor cores: hidden features and the gradient of the logits are
       rounded too, which adds a loss error of up to e / 2 and makes the gradient's budget 3 e.
+    - What is no loss but of the inputs' dtype, as gates are, is rounded once to half types: e.
+    - Edits are counted: 0.
 
     Parameters
     ----------
@@ -134,11 +151,13 @@ def budgets(function: str, dtype: str, device: str) -> tuple[float, float]:
     0.0009765625
     """
     epsilon, computed = _EPSILON[dtype], _EPSILON[COMPUTE[dtype]]
+    if function == "edit_distance":
+        return 0.0, 0.0
     if dtype == COMPUTE[dtype]:
         return 8 * computed, (2048 if dtype == "float64" else 32) * epsilon
     if function == "joint_rnnt_loss" and device != "cpu":
         return 8 * computed + epsilon / 2, 3 * epsilon
-    return 8 * computed, epsilon
+    return epsilon if function in _OF_THE_DTYPE else 8 * computed, epsilon
 
 
 def _errors(function: str, topology: str, dtype: str, variant: str, seed: int, to_device: Callable[[Array], Any]) -> Array:
@@ -148,7 +167,7 @@ def _errors(function: str, topology: str, dtype: str, variant: str, seed: int, t
         wanted_loss, wanted_gradients = expected(function, topology, variant, seed, index)
         for loss, gradients in _results(function, topology, variant, dtype, case, to_device):
             by_utterance = abs(_difference(loss, wanted_loss)) / np.maximum(1.0, abs(wanted_loss))
-            by_gradient = [
+            by_gradient = [0.0] + [
                 np.linalg.norm(_difference(gradient, wanted)) / np.linalg.norm(wanted)
                 for gradient, wanted in zip(gradients, wanted_gradients, strict=True)
             ]
@@ -177,14 +196,14 @@ def check(
     device: str = "cpu", *, functions: Sequence[str] = FUNCTIONS, dtypes: Sequence[str] = FLOATS, seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Compare every loss and gradient with the float64 reference.
+    """Compare every function and gradient with the float64 reference.
 
     Parameters
     ----------
     device : str
         ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. Inputs are NumPy or CuPy arrays.
     functions, dtypes : sequence of str
-        Which losses of `FUNCTIONS`, and which of float16, bfloat16, float32, float64.
+        Which of `FUNCTIONS`, and which of float16, bfloat16, float32, float64.
     seed : int
         Of the inputs.
     progress : callable, optional
@@ -193,7 +212,7 @@ def check(
     Returns
     -------
     list of Row
-        One for each function, topology, variant and dtype. A loss that raises fails its row, not the check.
+        One for each function, topology, variant and dtype. A function that raises fails its row, not the check.
 
     Raises
     ------
@@ -212,10 +231,10 @@ def check(
     device, current, to_device = _device(device)
     rows = []
     with current:
-        each = (itertools.product((name,), TOPOLOGIES, VARIANTS_OF[name]) for name in functions)
+        each = (itertools.product((name,), topologies_of(name), VARIANTS_OF[name]) for name in functions)
         for function, topology, variant in itertools.chain.from_iterable(each):
             if progress is not None:
-                progress(f"{function} {topology} {variant}")
+                progress(" ".join(filter(None, (function, topology, variant))))
             for dtype in dtypes:
                 (loss_error, gradient_error), problem = (np.nan, np.nan), ""
                 try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss import reference
+from transducer_loss import check_systems, reference
 from transducer_loss.arrays import numpy_dtype
 from transducer_loss.band import Band
 from transducer_loss.classes import Classes
@@ -27,15 +27,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "band": {},
     "classes": {},
     "band and classes": {},
+    "shared encoders": {},
     "smoothed": {"lm_only_scale": 0.25, "am_only_scale": 0.125},
 }
 
 VARIANTS_OF = {
     "rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "normalized", "clamp", "band"),
-    "joint_rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "band", "classes", "band and classes"),
+    "joint_rnnt_loss": ("plain", "fastemit", "delay penalty", "hat", "band", "classes", "band and classes", "shared encoders"),
     "simple_rnnt_loss": ("plain", "fastemit", "delay penalty", "smoothed"),
+    **{name: tuple(variants) for name, variants in check_systems.VARIANTS_OF.items()},
 }
-"""The losses, and the variants that each has."""
+"""The functions, and the variants that each has."""
 
 _BLANK, _WEIGHTS = 1, (1.0, -0.5, 2.0, 0.25)
 _S = 4
@@ -45,6 +47,7 @@ _S = 4
 class Case:
     """Inputs of all losses, the same for every dtype."""
 
+    seed: int
     logits: Array
     joint: tuple[Array, Array, Array, Array]
     """Encoder, predictor, weight, bias."""
@@ -54,6 +57,16 @@ class Case:
     frames: Array
     labels: Array
     weights: Array
+
+    @property
+    def encoder_index(self) -> list[int]:
+        """Whose encoder each utterance has, where they share them: not in order, and not all of them."""
+        return [b // 2 * 2 for b in reversed(range(len(self.frames)))]
+
+    def system(self, function: str, variant: str) -> check_systems.System:
+        """A call of a function without a lattice."""
+        draw = functools.partial(_draw, np.random.default_rng(self.seed))
+        return check_systems.system(function, variant, draw, self.frames, self.labels, self.weights)
 
     @property
     def band(self) -> Band:
@@ -93,7 +106,7 @@ def _case(frames: Sequence[int], labels: Sequence[int], classes: int, features: 
         logits[b, frames[b] :] = logits[b, :, labels[b] + 1 :] = np.nan
         encoder[b, frames[b] :] = predictor[b, labels[b] + 1 :] = am[b, frames[b] :] = lm[b, labels[b] + 1 :] = np.nan
     weights = np.array(_WEIGHTS[:batch])
-    return Case(logits, (encoder, predictor, *output), (am, lm), targets, np.array(frames), np.array(labels), weights)
+    return Case(seed, logits, (encoder, predictor, *output), (am, lm), targets, np.array(frames), np.array(labels), weights)
 
 
 @functools.cache
@@ -131,12 +144,21 @@ def inputs(function: str, variant: str, case: Case) -> tuple[tuple[Array, ...], 
 def expected(function: str, topology: str, variant: str, seed: int, index: int) -> tuple[Array, tuple[Array, ...]]:
     """Loss and gradients of a case by the reference; dtypes share them."""
     case = cases(seed)[index]
+    if function in check_systems.VARIANTS_OF:
+        return case.system(function, variant).wanted()
     floats, integers = inputs(function, variant, case)
-    parts: dict[str, Any] = {}
+    twin, parts = getattr(reference, function), dict[str, Any]()
     if "band" in variant:
         parts = {"first": case.band.first} | ({"width": case.band.width} if function == "joint_rnnt_loss" else {})
     if "classes" in variant:
         classes = case.classes(variant)
         parts |= {"classes": classes.ids, "offset": -np.log(classes.probability.astype(np.float64))}
-    loss, gradients, *_ = getattr(reference, function)(*floats, *integers, **options(variant, topology, case), **parts)
+    if variant == "shared encoders":
+        encoders = case.encoder_index
+        floats, integers = (floats[0][encoders], *floats[1:]), (integers[0], case.frames[encoders], case.labels)
+    loss, gradients, *_ = twin(*floats, *integers, **options(variant, topology, case), **parts)
+    if variant == "shared encoders":
+        by_encoder = np.zeros_like(case.joint[0])
+        np.add.at(by_encoder, encoders, gradients[0])
+        gradients = (by_encoder, *gradients[1:])
     return loss, gradients if isinstance(gradients, tuple) else (gradients,)

@@ -154,16 +154,54 @@ def integers(value: Any, name: str) -> Any:
     return array
 
 
-def lengths(value: Any, name: str, batch: int, low: int, high: int, dims: str) -> Ints:
+def lengths(
+    value: Any, name: str, batch: int, low: int, high: int, dims: str, what: str = "lengths", shape: str = "(B,)"
+) -> Ints:
     """(B,) lengths on the host, each in [low, high]; those on a device are copied, which synchronises."""
     array = integers(value, name)
-    expect_shape(array, name, "(B,)", (batch,))
+    expect_shape(array, name, shape, (batch,))
     host = as_numpy(array).astype(np.int64)
     bad = (host < low) | (host > high)
     if bad.any():
         at = int(np.argmax(bad))
-        raise ValueError(f"{name}: expected lengths in [{low}, {dims} = {high}], got {host[at]} at index {at}")
+        raise ValueError(f"{name}: expected {what} in [{low}, {dims} = {high}], got {host[at]} at index {at}")
     return host
+
+
+def lengths_on(
+    processor: Any, value: Any, name: str, shape: tuple[int, ...], low: int, high: int, dims: str, validate: bool | None
+) -> Any:
+    """Lengths as kernels read them, dense int64 on the processor; `dims` names shape and bound, as "(B,) T".
+
+    Those on the host are checked here, those on a device only with `validate`, and otherwise by the kernels: none is copied to
+    the host.
+    """
+    names, bound = dims.rsplit(" ", 1)
+    array = integers(value, name)
+    expect_shape(array, name, names, shape)
+    if looked_at(validate, array):
+        host = as_numpy(array)
+        bad = np.argwhere((host < low) | (host > high))
+        if len(bad):
+            at = tuple(int(i) for i in bad[0])
+            where = f"index {at[0] if len(at) == 1 else at}"
+            raise ValueError(f"{name}: expected lengths in [{low}, {bound} = {high}], got {host[at]} at {where}")
+    return processor.dense(on_processor(array, processor, name), "int64")
+
+
+def numbers_for(value: Any, processor: Any, name: str, dims: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """Numbers of any dtype, or a nested list of them, dense and of a dtype on the processor."""
+    if isinstance(value, (list, tuple)):
+        try:
+            array = np.asarray(value, dtype)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name}: expected numbers, got {value}") from None
+    else:
+        array = as_array(value, name)
+    expect_shape(array, name, dims, shape)
+    if array.dtype.kind not in "iu" and array.dtype.name not in FLOATS:
+        raise TypeError(f"{name}: expected numbers, got dtype {array.dtype.name}")
+    return processor.dense(on_processor(array.astype(dtype) if on_host(array) else array, processor, name), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,16 +270,8 @@ def weights_for(value: Any, processor: Any, batch: int, dtype: str) -> Any:
     """Utterance weights (B,), dense, of the compute dtype, on the processor; or None."""
     if value is None:
         return None
-    if isinstance(value, (list, tuple)):
-        try:
-            array = np.asarray(value, dtype)
-        except (TypeError, ValueError):
-            raise ValueError(f"weights: expected numbers, got {value}") from None
-    else:
-        array = as_array(value, "weights")
-    expect_shape(array, "weights", "(B,)", (batch,))
-    if array.dtype.name not in FLOATS:
-        raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {array.dtype.name}")
-    return processor.dense(on_processor(array.astype(dtype) if on_host(array) else array, processor, "weights"), dtype)
-
-
+    if not isinstance(value, (list, tuple)):
+        value = as_array(value, "weights")
+        if value.dtype.name not in FLOATS:
+            raise TypeError(f"weights: expected dtype {', '.join(FLOATS)}, got {value.dtype.name}")
+    return numbers_for(value, processor, "weights", "(B,)", (batch,), dtype)

@@ -230,6 +230,10 @@ class Engine:
         else:
             kept = compact.Kept(None, None, group.cells, None)
         gradients.kept += kept.number
+        by_encoder = gradients.encoder
+        if self.of.shared:  # sums of the utterances' own, first: they may be worked on side by side
+            by_encoder = self.processor.empty((group.rows, self.features), self.of.dtype)
+            self.processor.zero(by_encoder)
         if self.of.one_by_one and self.of.sparse:
             strips[0].weight, strips[0].bias = _first_sums(gradients, group.begin)
         bounds = self._bounds(group, kept)
@@ -238,9 +242,12 @@ class Engine:
             strip.carried = -1
             if end > begin:
                 tasks.append(functools.partial(
-                    self._backward_of_strip, strip, group, saved, kept, begin, end, loss, weights, weight, gradients
+                    self._backward_of_strip, strip, group, saved, kept, begin, end, loss, weights, weight, by_encoder,
+                    gradients.predictor,
                 ))  # fmt: skip
         self.processor.run(tasks)
+        if self.of.shared:
+            joint.backward_shared(self.processor, group, by_encoder, gradients.encoder)
         for strip in strips:
             if strip.carried >= 0:
                 labels = int(self.of.cells.labels[group.begin + strip.carried]) + 1
@@ -270,7 +277,7 @@ class Engine:
 
     def _backward_of_strip(
         self, strip: _Strip, group: Group, saved: Saved, kept: compact.Kept, begin: int, end: int, loss: Any,
-        weights: Any, weight: float, gradients: Gradients,
+        weights: Any, weight: float, by_encoder: Any, by_predictor: Any,
     ) -> None:  # fmt: skip
         of, processor = self.of, self.processor
         if self.plan.strips > 1:
@@ -306,7 +313,7 @@ class Engine:
                 processor.gemm(gradient, self.weight, hidden_gradient)
                 joint.backward(
                     processor, group, of.joint, kept.cells, kept.positions, low, self._utterances(group, kept, low, high),
-                    loss, hidden, hidden_gradient, gradients.encoder, gradients.predictor, strip.carried, strip.carry,
+                    loss, hidden, hidden_gradient, by_encoder, by_predictor, strip.carried, strip.carry,
                 )  # fmt: skip
 
     def scaled(self, weights: Any, weight: float, gradients: Gradients) -> tuple[Any, float]:

@@ -54,17 +54,26 @@ def backward(
     """Add a tile's gradient to those of encoder and predictor; `hidden_gradient` is worked on in place.
 
     Only the group's `utterances` [begin, end) have cells in the tile. The predictor's gradient of utterance `carried` of the
-    group goes to `carry`.
+    group goes to `carry`. An encoder gradient of two dimensions is of the group's rows, for `backward_shared`.
     """
     table, count = group.select(*utterances)
     source = joint.encoder.dtype.name
     processor.launch(
         f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden), joint.features,
         len(hidden), begin, kept, table, count, group.spans, *joint.inputs, loss, hidden, hidden_gradient,
-        encoder_gradient, encoder_gradient.shape[1], alone=True,
+        encoder_gradient, 0 if encoder_gradient.ndim == 2 else encoder_gradient.shape[1], alone=True,
     )  # fmt: skip
     processor.launch(
         f"joint_backward_predictor<{hidden_gradient.dtype.name}>", count * group.columns, joint.features,
         group.columns, len(hidden), begin, kept, positions, table, count, group.spans, joint.features, hidden_gradient,
         predictor_gradient, predictor_gradient.shape[1], carried - utterances[0], carry, alone=True,
+    )  # fmt: skip
+
+
+def backward_shared(processor: Any, group: Group, rows: Any, encoder_gradient: Any) -> None:
+    """Add gradients of a group's rows to those of the encoders that its utterances share."""
+    _, most_frames, features = encoder_gradient.shape
+    processor.launch(
+        f"joint_backward_shared<{rows.dtype.name}>", group.count * most_frames, features,
+        group.count, most_frames, group.table, group.by_encoder, features, rows, encoder_gradient, most_frames,
     )  # fmt: skip

@@ -87,8 +87,8 @@ def workspace_bytes(workspace: int | str | None, default: int, name: str = "work
 
 def problem(
     encoder: Any, predictor: Any, weight: Any, bias: Any, targets: Any, encoder_lengths: Any, target_lengths: Any, /,
-    *, activation: str = "tanh", band: Band | None = None, classes: Classes | None = None, sparse: bool = False,
-    shard: Shard | None = None, dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
+    *, activation: str = "tanh", encoder_index: Any = None, band: Band | None = None, classes: Classes | None = None,
+    sparse: bool = False, shard: Shard | None = None, dropout: float = 0.0, seed: int = 0, workspace: int | str | None = None,
     occupancy_floor: float = 1e-6, validate: bool = False, threads: int | None = None, allocate: Allocate | None = None,
     **options: Any,
 ) -> Problem:  # fmt: skip
@@ -96,7 +96,8 @@ def problem(
     encoder = float_array(encoder, "encoder", "B T H")
     predictor = float_array(predictor, "predictor", "B U+1 H", encoder, "encoder")
     weight = float_array(weight, "weight", "V H", encoder, "encoder")
-    batch, most_frames, features = encoder.shape
+    encoders, most_frames, features = encoder.shape
+    batch = encoders if encoder_index is None else predictor.shape[0]
     vocabulary = rows = weight.shape[0]
     expect_shape(predictor, "predictor", "(B, U+1, H)", (batch, predictor.shape[1], features))
     if shard is not None:
@@ -118,7 +119,12 @@ def problem(
         raise ValueError("sparse: expected False without classes, as every row of the weight has a gradient then, got True")
     drawn_from = whole_number(seed, "seed") & (1 << 63) - 1
     kind = choice(activation, ACTIVATIONS, "activation")
-    frames = lengths(encoder_lengths, "encoder_lengths", batch, 1, most_frames, "T")
+    shape = "(B,)" if encoder_index is None else "(E,)"
+    frames = all_frames = lengths(encoder_lengths, "encoder_lengths", encoders, 1, most_frames, "T", shape=shape)
+    index = None
+    if encoder_index is not None:
+        index = lengths(encoder_index, "encoder_index", batch, 0, encoders - 1, "E - 1", "indices")
+        frames = all_frames[index]
     labels = lengths(target_lengths, "target_lengths", batch, 0, predictor.shape[1] - 1, "U")
     processor = processor_for(encoder, threads, allocate)
     with processor:
@@ -133,13 +139,13 @@ def problem(
         known = targets_for(targets, processor, labels, vocabulary, checked, validate)
         return Problem(
             processor, Joint(encoder, predictor, kind, rate, drawn_from), weight, bias,
-            band_for(band, processor, frames, labels),
+            dataclasses.replace(band_for(band, processor, frames, labels), encoders=index),
             known, checked,
             workspace_bytes(workspace, processor.default_workspace), float(occupancy_floor), copied,
             None if classes is None else classes_for(
                 classes, processor, vocabulary, checked.blank, integers(targets, "targets"), labels, validate
             ),
-            bool(sparse), shard,
+            bool(sparse), shard, all_frames,
         )  # fmt: skip
 
 
@@ -241,6 +247,7 @@ def joint_rnnt_loss(
     target_lengths: Any,
     *,
     activation: str = "tanh",
+    encoder_index: Any = None,
     blank: int = 0,
     topology: str = "regular",
     band: Band | None = None,
@@ -269,7 +276,8 @@ def joint_rnnt_loss(
     Parameters
     ----------
     encoder : (B, T, H) array
-        float16, bfloat16, float32 or float64; projected to the joint's features. Padding may hold anything.
+        float16, bfloat16, float32 or float64; projected to the joint's features. Padding may hold anything. With
+        `encoder_index` (E, T, H).
     predictor : (B, U+1, H) array
         Likewise; row u follows label u, row 0 the start.
     weight : (V, H) array
@@ -278,6 +286,10 @@ def joint_rnnt_loss(
         Of the output layer.
     targets, encoder_lengths, target_lengths, blank, topology
         As of `rnnt_loss`.
+    encoder_index : (B,) array or list of int, optional
+        Where several utterances share an encoder, as the hypotheses of an N-best list do: utterance b reads ``encoder[i]`` for
+        ``i = encoder_index[b]``. Encoder and `encoder_lengths` have as many rows as there are encoders then, in any number, and
+        the gradient of each is the sum over its utterances. One on a device is copied to the host, which synchronises.
     band : Band, optional
         Pruned (arXiv 2206.13236) or alignment-restricted loss: only the band's cells are ever projected.
     classes : Classes, optional
@@ -338,10 +350,10 @@ def joint_rnnt_loss(
     ((2,), (50, 16))
     """
     of = problem(
-        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation, band=band,
-        classes=classes, sparse=sparse, shard=shard, dropout=dropout, seed=seed, workspace=workspace,
-        occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology, fastemit_lambda=fastemit_lambda,
-        delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
+        encoder, predictor, weight, bias, targets, encoder_lengths, target_lengths, activation=activation,
+        encoder_index=encoder_index, band=band, classes=classes, sparse=sparse, shard=shard, dropout=dropout, seed=seed,
+        workspace=workspace, occupancy_floor=occupancy_floor, validate=validate, blank=blank, topology=topology,
+        fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty, hat=hat, infeasible=infeasible,
     )  # fmt: skip
     done = forward(of, weights_of(of, weights), gradient=gradient)
     if done.gradients is None:

@@ -75,7 +75,7 @@ def _padded(of: Any) -> tuple[int, int, int]:
     """(B, T, U+1) or (B, T, S) of the arguments; of packed logits, the longest ones."""
     if isinstance(of, Problem):
         columns = of.cells.columns or of.joint.predictor.shape[1]
-        return (*of.joint.encoder.shape[:2], columns)
+        return len(of.cells.frames), int(of.joint.encoder.shape[1]), columns
     if of.logits.ndim == 4:
         return tuple(of.logits.shape[:3])
     return len(of.cells.frames), int(of.cells.frames.max()), of.cells.columns or int(of.cells.labels.max()) + 1

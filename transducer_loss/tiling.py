@@ -35,6 +35,8 @@ class Sizes:
     sparse: bool = False
     copied: int = 0
     sharded: bool = False
+    shared: bool = False
+    """Whether utterances share their encoders."""
 
     @property
     def dtype(self) -> str:
@@ -61,6 +63,16 @@ class Sizes:
         """Bytes of a group's cell: arcs and occupancies, and the lattice's values, whose memory also lists the kept cells."""
         # Shards have six numbers to make arcs of, before there are occupancies.
         return (6 if self.sharded else 5) * self.size + 2 * lattice.scaled_bytes(self.dtype)
+
+    @property
+    def per_row(self) -> int:
+        """Bytes of a group's lattice row: of a band also its labels, and what they are gathered with."""
+        return (80 if self.band else 8) + self.shared_row
+
+    @property
+    def shared_row(self) -> int:
+        """Bytes of a row's gradient before utterances that share an encoder are added up."""
+        return self.features * self.size if self.shared else 0
 
     @property
     def layer(self) -> int:
@@ -110,6 +122,13 @@ class Problem:
     """Whether gradients of the output layer are of the sampled rows alone."""
     shard: Shard | None = None
     """What of the vocabulary `weight` is, where that is not all of it."""
+    encoder_lengths: Any = None
+    """Frames of the rows of the encoder, on the host."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether utterances share their encoders."""
+        return self.cells.encoders is not None
 
     @property
     def dtype(self) -> str:
@@ -140,7 +159,7 @@ class Problem:
         return Sizes(
             self.processor, self.joint.encoder.dtype.name, self.cells, classes, self.joint.features, self.workspace,
             self.cells.first is not None, self.classes is not None, self.one_by_one, self.sparse, copied,
-            self.shard is not None,
+            self.shard is not None, self.shared,
         )  # fmt: skip
 
 
@@ -165,11 +184,10 @@ def plan(of: Problem) -> Plan:
 def cut(of: Sizes) -> Plan:
     """See `plan`."""
     classes, size, columns, per_cell = of.classes, of.size, of.columns, of.per_cell
-    per_row = 80 if of.band else 8  # of a band also its labels, and what they are gathered with
     # Exchange rows of lattices that are wider than the shared memory, the table of utterances, losses.
-    per_utterance = 4 * lattice.scaled_bytes(of.dtype) * lattice.scratch_columns(columns) + 64
+    per_utterance = 4 * lattice.scaled_bytes(of.dtype) * lattice.scratch_columns(columns) + 80
     counts, frames = of.cells.counts, of.cells.frames
-    arrays = per_cell * counts + per_row * frames + per_utterance
+    arrays = per_cell * counts + of.per_row * frames + per_utterance
     # Beside the groups' arrays: losses and weights of the batch, and what the arrays are rounded up by.
     reserved = of.layer + of.copied + of.processor.reserved + 2 * size * len(counts) + 64
 
@@ -202,7 +220,9 @@ def cut(of: Sizes) -> Plan:
     logits = classes * size * counts
     # Logits have a room of their own: their memory stays while groups are at work that keep none and have more cells.
     share = max(0.25, per_cell / (per_cell + classes * size))
-    for_arrays = max(int(arrays.max()), min(int(share * room), int(arrays.sum()), per_cell * of.processor.group_cells))
+    of_rows = -(-of.shared_row * int(frames.sum()) // int(counts.sum()))
+    most = (per_cell + of_rows) * of.processor.group_cells
+    for_arrays = max(int(arrays.max()), min(int(share * room), int(arrays.sum()), most))
     for_logits = room - for_arrays
 
     groups, retained = [], []
@@ -252,7 +272,8 @@ def allocated(of: Sizes, cuts: Plan, threads: int) -> int:
         exchange = 4 * scaled * lattice.scratch_columns(columns) * (group[1] - group[0])
         # One after the other: labels of a band's rows are gathered, the lattice runs, gradients are made.
         arcs = (6 if of.sharded else 3) * size * cells
-        return max(80 * rows if of.band else 0, arcs + exchange, 5 * size * cells + (16 if of.band else 8) * rows)
+        by_row = (16 if of.band else 8) + of.shared_row
+        return max(80 * rows if of.band else 0, arcs + exchange, 5 * size * cells + by_row * rows)
 
     kept = max((cells for cells, keeps in zip(counts, cuts.retained, strict=True) if keeps), default=0)
     return int(

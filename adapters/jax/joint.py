@@ -35,8 +35,8 @@ def _problem(memory: Memory, options: dict[str, Any], inputs: Any, batch: Given,
     """And which utterances have lengths that do not fit."""
     batch, bad = batch.mended(inputs[0].shape[1], inputs[1].shape[1] - 1, options["validate"])
     of = joint_loss.problem(
-        *(*inputs, *batch.positional), band=batch.band, classes=batch.classes, seed=0 if seed is None else number_of(seed),
-        allocate=memory, **options,
+        *(*inputs, *batch.positional), encoder_index=batch.index, band=batch.band, classes=batch.classes,
+        seed=0 if seed is None else number_of(seed), allocate=memory, **options,
     )  # fmt: skip
     return of, bad
 
@@ -64,7 +64,7 @@ def _backward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(options: Options, inputs: Inputs, batch: Given, seed: Any) -> jax.Array:
-    results = ((batch.frames.shape, compute_dtype(inputs[0])),)
+    results = ((batch.labels.shape, compute_dtype(inputs[0])),)
     (loss,) = call(_forward, options, results, inputs, batch, seed, scratch=_scratch(options, inputs, batch))
     return loss
 
@@ -73,7 +73,7 @@ def _loss_fwd(options: Options, inputs: Inputs, batch: Given, seed: Any) -> tupl
     encoder, predictor = inputs[:2]
     kind = compute_dtype(encoder)
     columns = predictor.shape[1] if batch.band is None else min(batch.band.width, predictor.shape[1])
-    losses, cells = (batch.frames.shape, kind), ((encoder.shape[0] * encoder.shape[1] * columns,), kind)
+    losses, cells = (batch.labels.shape, kind), ((predictor.shape[0] * encoder.shape[1] * columns,), kind)
     loss, *kept = call(
         _forward, options, (losses, losses, cells, cells, cells), inputs, batch, seed,
         scratch=_scratch(options, inputs, batch),
@@ -96,11 +96,12 @@ def _loss_bwd(options: Options, residuals: Any, upstream: jax.Array) -> tuple[In
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _padded(inputs: Any, band: Band | None) -> Cells:
+def _padded(inputs: Any, batch: Given) -> Cells:
     """Cells of utterances as long as the arrays are."""
-    size, frames = inputs[0].shape[:2]
-    cells = Cells.full(np.full(size, frames), np.full(size, inputs[1].shape[1] - 1))
-    return cells if band is None else dataclasses.replace(cells, width=np.minimum(cells.width, band.width))
+    size, columns = inputs[1].shape[:2]
+    cells = Cells.full(np.full(size, inputs[0].shape[1]), np.full(size, columns - 1))
+    width = cells.width if batch.band is None else np.minimum(cells.width, batch.band.width)
+    return dataclasses.replace(cells, width=width, encoders=None if batch.index is None else np.zeros(size, np.int64))
 
 
 def _scratch(options: Options, inputs: Inputs, batch: Given) -> int:
@@ -108,11 +109,12 @@ def _scratch(options: Options, inputs: Inputs, batch: Given) -> int:
     if not on_device():
         return 0
     encoder, _, weight, _ = inputs
-    keywords, band, classes = dict(options), batch.band, batch.classes
+    keywords, classes = dict(options), batch.classes
     workspace = joint_loss.workspace_bytes(keywords["workspace"], OnCuda.default_workspace)
     sizes = tiling.Sizes(
-        OnCuda, encoder.dtype.name, _padded(inputs, band), weight.shape[0] if classes is None else classes.slots,
-        encoder.shape[2], workspace, band is not None, classes is not None, classes is not None and classes.per_utterance,
+        OnCuda, encoder.dtype.name, _padded(inputs, batch), weight.shape[0] if classes is None else classes.slots,
+        encoder.shape[2], workspace, batch.band is not None, classes is not None,
+        classes is not None and classes.per_utterance, shared=batch.index is not None,
     )  # fmt: skip
     cuts = tiling.cut(sizes)
     return workspace if len(cuts.groups) > 1 else min(workspace, tiling.allocated(sizes, cuts, 1) + (1 << 20))
@@ -128,6 +130,7 @@ def joint_rnnt_loss(
     target_lengths: Any,
     *,
     activation: str = "tanh",
+    encoder_index: Any = None,
     blank: int = 0,
     topology: str = "regular",
     band: Band | None = None,
@@ -147,13 +150,18 @@ def joint_rnnt_loss(
     Parameters
     ----------
     encoder : (B, T, H) array
-        A JAX array, traced or not, or a NumPy array.
+        A JAX array, traced or not, or a NumPy array. With `encoder_index` (E, T, H).
     predictor : (B, U+1, H) array
     weight : (V, H) array
         Of the output layer: ``kernel.T`` of Flax.
     bias : (V,) array or None
     targets, encoder_lengths, target_lengths
         As of `rnnt_loss`.
+    encoder_index : (B,) array or list of int, optional
+        Where several utterances share an encoder, as the hypotheses of an N-best list do: utterance b reads ``encoder[i]`` for
+        ``i = encoder_index[b]``. May be traced. `encoder_lengths` are (E,) then, and the gradient of an encoder is the sum over
+        its utterances. Unchecked, an utterance whose index is none of the encoders has loss NaN and gradient 0, as one whose
+        encoder has a length out of range.
     band : Band, optional
         As `prune` returns it: only its cells are ever projected.
     classes : Classes, optional
@@ -207,11 +215,13 @@ def joint_rnnt_loss(
         None if value is None and name == "bias" else array_of(value, name)
         for value, name in zip((encoder, predictor, weight, bias), names, strict=True)
     )
-    batch = given(targets, encoder_lengths, target_lengths, ("encoder_lengths", "target_lengths"), band, classes)
+    lengths = ("encoder_lengths", "target_lengths")
+    batch = given(targets, encoder_lengths, target_lengths, lengths, band, classes, encoder_index)
     words, known = words_of(seed, "seed"), batch.known()
     of = joint_loss.problem(
-        *(*jax.tree.map(shape_of, inputs), *known.positional), band=known.band, classes=known.classes, **options
-    )
+        *(*jax.tree.map(shape_of, inputs), *known.positional), encoder_index=known.index, band=known.band,
+        classes=known.classes, **options,
+    )  # fmt: skip
     # Raises where the workspace is too small; for traced lengths, for the longest.
-    tiling.plan(dataclasses.replace(of, cells=_padded(inputs, band)) if traced(batch) else of)
+    tiling.plan(dataclasses.replace(of, cells=_padded(inputs, batch)) if traced(batch) else of)
     return _loss(as_callbacks(options), *alike(inputs, batch.on_device(), words if dropout else None))

@@ -124,7 +124,8 @@ def rnnt_loss(
         lengths and labels whose numbers are known.
     jax.errors.JaxRuntimeError
         With the same words when a compiled function runs: for numbers that were traced, with ``validate=True``, and for
-        ``infeasible="raise"``. Where several devices wait for each other, XLA then ends the process.
+        ``infeasible="raise"``. From the second run on it is a ValueError of JAX. Where several devices wait for each other, XLA
+        then ends the process.
 
     Notes
     -----

@@ -78,20 +78,32 @@ def floats(value: Any, name: str, dims: str) -> Any:
     return tensor
 
 
-def integers(value: Any, name: str) -> Any:
-    """Integers as a tensor; those of lists and NumPy arrays on the host, where it costs no synchronisation to read them."""
+def _given(value: Any, name: str, what: str) -> Any:
+    """A tensor; of lists and NumPy arrays on the host, where it costs no synchronisation to read them."""
     _expect_dense(value, name)
     if tf.is_tensor(value) or isinstance(value, tf.Variable):
-        tensor = tf.convert_to_tensor(value)
-    else:
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            raise ValueError(f"{name}: expected integers, in rows of one length, got {value}") from None
-        with tf.device("CPU:0"):
-            tensor = tf.constant(array if array.size else array.astype(np.int64))
+        return tf.convert_to_tensor(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected {what}, in rows of one length, got {value}") from None
+    with tf.device("CPU:0"):
+        return tf.constant(array if array.size else array.astype(np.int64))
+
+
+def integers(value: Any, name: str) -> Any:
+    """Integers as a tensor."""
+    tensor = _given(value, name, "integers")
     if not tensor.dtype.is_integer:
         raise TypeError(f"{name}: expected integers, got dtype {tensor.dtype.name}")
+    return tensor
+
+
+def numbers(value: Any, name: str) -> Any:
+    """Integers or floats as a tensor; the floats of lists in float64."""
+    tensor = _given(value, name, "numbers")
+    if not tensor.dtype.is_integer and tensor.dtype.name not in FLOATS:
+        raise TypeError(f"{name}: expected integers or dtype {', '.join(FLOATS)}, got {tensor.dtype.name}")
     return tensor
 
 

@@ -25,10 +25,10 @@ from transducer_loss.tiling import Problem
 
 
 def _problem(inputs: Any, others: Any, options: dict[str, Any], given: dict[str, Any]) -> Problem:
-    *integers, seed, band, classes = others
+    *integers, index, seed, band, classes = others
     return joint_loss.problem(
-        *inputs, *integers, seed=0 if seed is None else int(seed), band=core_band(band), classes=core_classes(classes),
-        **options, **given,
+        *inputs, *integers, encoder_index=index, seed=0 if seed is None else int(seed), band=core_band(band),
+        classes=core_classes(classes), **options, **given,
     )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def joint_rnnt_loss(
     target_lengths: Any,
     *,
     activation: str = "tanh",
+    encoder_index: Any = None,
     blank: int = 0,
     topology: str = "regular",
     band: Any = None,
@@ -63,12 +64,15 @@ def joint_rnnt_loss(
     Parameters
     ----------
     encoder : (B, T, H) tensor
+        With `encoder_index` (E, T, H).
     predictor : (B, U+1, H) tensor
     weight : (V, H) tensor or variable
         Of the output layer: ``tf.transpose(kernel)`` of a Keras ``Dense(V)``.
     bias : (V,) tensor or variable, or None
     targets, encoder_lengths, target_lengths
-        As of `rnnt_loss`.
+        As of `rnnt_loss`; with `encoder_index` the encoder has E lengths.
+    encoder_index : (B,) tensor or list of int, optional
+        Which encoder each utterance reads, as the hypotheses of an N-best list share one.
     band : Band, optional
         As `prune` returns it: only its cells are ever projected.
     classes : Classes, optional
@@ -125,7 +129,8 @@ def joint_rnnt_loss(
         raise ValueError("sparse: expected False without classes, as every row of the weight has a gradient then, got True")
     others = (
         integers(targets, "targets"), integers(encoder_lengths, "encoder_lengths"),
-        integers(target_lengths, "target_lengths"), drawn(seed) if dropout else None, band_tensors(band), found,
+        integers(target_lengths, "target_lengths"), None if encoder_index is None else integers(encoder_index, "encoder_index"),
+        drawn(seed) if dropout else None, band_tensors(band), found,
     )  # fmt: skip
 
     def forward(arguments: Any) -> list[Any]:
@@ -156,7 +161,7 @@ def joint_rnnt_loss(
         return encoder, predictor, *layer
 
     real = COMPUTE[kind.name]
-    batch = inputs[0].shape[:1]
+    batch = inputs[1].shape[:1]
     specs = [tf.TensorSpec(batch, real)] * 2 + [tf.TensorSpec([None], real)] * 3
     gradients = like(*(each for each in inputs if each is not None))
     if sparse and found is not None:

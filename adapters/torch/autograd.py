@@ -56,7 +56,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
-        raise RuntimeError("transducer losses cannot be differentiated twice: their gradient has no gradient")
+        raise RuntimeError("what transducer_loss computes cannot be differentiated twice: its gradient has no gradient")
 
 
 def anchored(ctx: Any, *inputs: Tensor | None) -> None:

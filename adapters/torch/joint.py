@@ -38,6 +38,7 @@ def joint_rnnt_loss(
     target_lengths: Any,
     *,
     activation: str = "tanh",
+    encoder_index: Any = None,
     blank: int = 0,
     reduction: str = "mean",
     topology: str = "regular",
@@ -60,14 +61,18 @@ def joint_rnnt_loss(
     Parameters
     ----------
     encoder : (B, T, H) tensor
+        With `encoder_index` (E, T, H).
     predictor : (B, U+1, H) tensor
     weight : (V, H) tensor
         Of the output layer, as ``torch.nn.Linear(H, V).weight``.
     bias : (V,) tensor or None
     targets, encoder_lengths, target_lengths
         As of `rnnt_loss`.
+    encoder_index : (B,) tensor or list of int, optional
+        Where utterances share encoders, as the hypotheses of an N-best list do: utterance b reads ``encoder[i]``, of
+        ``encoder_lengths[i]`` frames, for ``i = encoder_index[b]``. On the host it costs no synchronisation.
     reduction : {"mean", "sum", "none"}
-        "mean" is the mean over the batch. Scalar reductions make the gradients together with the loss.
+        "mean" is the mean over the batch: the predictor's B. Scalar reductions make the gradients together with the loss.
     seed : int, optional
         Of the dropout; drawn from torch's generator where it is None.
     band : Band, optional
@@ -119,6 +124,7 @@ def joint_rnnt_loss(
     integers = (
         as_tensor(targets, "targets"), as_tensor(encoder_lengths, "encoder_lengths"),
         as_tensor(target_lengths, "target_lengths"),
+        None if encoder_index is None else as_tensor(encoder_index, "encoder_index"),
     )  # fmt: skip
     rows, (sampled, described) = band_tensors(band), class_tensors(classes)
     apply = _parallel_loss if parallel else _sparse_loss if sparse else JointLoss.apply
@@ -160,17 +166,17 @@ class JointRNNTLoss(torch.nn.Module):
         device: Any = None, dtype: torch.dtype | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        expect_options(joint_rnnt_loss, {"dropout": dropout, **options}, "band", "classes")
+        expect_options(joint_rnnt_loss, {"dropout": dropout, **options}, "band", "classes", "encoder_index")
         self.output = torch.nn.Linear(features, classes, bias=bias, device=device, dtype=dtype)
         self.dropout, self.sparse, self.options = dropout, sparse, options
 
     def forward(
         self, encoder: Tensor, predictor: Tensor, targets: Any, encoder_lengths: Any, target_lengths: Any, *,
-        band: Band | None = None, classes: Classes | None = None,
+        band: Band | None = None, classes: Classes | None = None, encoder_index: Any = None,
     ) -> Tensor:  # fmt: skip
-        """See `joint_rnnt_loss`; `band` and `classes` are of this batch."""
+        """See `joint_rnnt_loss`; `band`, `classes` and `encoder_index` are of this batch."""
         return joint_rnnt_loss(
             encoder, predictor, self.output.weight, self.output.bias, targets, encoder_lengths, target_lengths,
-            band=band, classes=classes, dropout=self.dropout if self.training else 0.0,
+            band=band, classes=classes, encoder_index=encoder_index, dropout=self.dropout if self.training else 0.0,
             sparse=self.sparse and classes is not None, **self.options,
         )  # fmt: skip

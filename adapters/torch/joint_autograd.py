@@ -16,8 +16,6 @@ from transducer_loss.adapters.torch.operators import (
     classes_of,
     compute_dtype,
     core_arguments,
-    lengths_like,
-    lengths_of,
     operator,
     padded_to,
     plain,
@@ -28,17 +26,17 @@ from transducer_loss.tiling import Problem
 
 _INPUTS = (
     "Tensor encoder, Tensor predictor, Tensor weight, Tensor? bias, Tensor targets, Tensor encoder_lengths, "
-    "Tensor target_lengths, Tensor seed, Tensor[] band, Tensor[] classes, SymInt[] described"
+    "Tensor target_lengths, Tensor? encoder_index, Tensor seed, Tensor[] band, Tensor[] classes, SymInt[] described"
 )
 _OPTIONS = f"str activation, float dropout, bool hat, str? workspace, float occupancy_floor, bool sparse, {OPTIONS}"
 
 
 def _problem(
     encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, frames: Tensor, labels: Tensor,
-    seed: Tensor, band: list[Tensor], classes: list[Tensor], described: list[int], **options: Any,
+    index: Tensor | None, seed: Tensor, band: list[Tensor], classes: list[Tensor], described: list[int], **options: Any,
 ) -> Problem:  # fmt: skip
     return joint_loss.problem(
-        encoder, predictor, weight, bias, targets, frames, labels, seed=int(seed), band=band_of(band),
+        encoder, predictor, weight, bias, targets, frames, labels, encoder_index=index, seed=int(seed), band=band_of(band),
         classes=classes_of(classes, described), **options, **core_arguments(encoder),
     )  # fmt: skip
 
@@ -50,21 +48,27 @@ def _gradient_shapes(
     return [encoder.new_empty(shape, dtype=compute_dtype(encoder)) for shape in shapes]
 
 
-def _loss_shapes(
-    gradient: str, encoder: Tensor, predictor: Tensor, *arguments: Any, **options: Any
-) -> list[Tensor]:
+def _loss_shapes(gradient: str, encoder: Tensor, predictor: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
     real = compute_dtype(encoder)
-    loss = encoder.new_empty((encoder.shape[0],), dtype=real)
+    loss = encoder.new_empty((predictor.shape[0],), dtype=real)
     if gradient == "none":
         return [loss]
     if gradient != "later":
         return [loss, *_gradient_shapes(encoder, predictor, *arguments, **options)]
+    sizes = [each.shape[0] for each in ((encoder, predictor) if arguments[5] is None else (encoder, predictor, predictor))]
+    known = (torch.empty(size, dtype=torch.int64, device="cpu") for size in sizes)
     cells = (_most_cells(encoder, predictor),)
-    return [loss, lengths_like(encoder), loss.clone(), *(encoder.new_empty(cells, dtype=real) for _ in range(3))]
+    return [loss, *known, loss.clone(), *(encoder.new_empty(cells, dtype=real) for _ in range(3))]
 
 
 def _most_cells(encoder: Tensor, predictor: Tensor) -> int:
-    return encoder.shape[0] * encoder.shape[1] * predictor.shape[1]
+    return predictor.shape[0] * encoder.shape[1] * predictor.shape[1]
+
+
+def _known(of: Problem) -> list[Tensor]:
+    """Lengths, and the encoder index, of a checked problem, on the host: backward need not copy them again from a device."""
+    arrays = (of.encoder_lengths, of.cells.labels, of.cells.encoders)
+    return [torch.tensor(array, device="cpu") for array in arrays if array is not None]
 
 
 @operator(f"joint_rnnt_loss(str gradient, {_INPUTS}, *, {_OPTIONS}) -> Tensor[]", _loss_shapes, padded=True)
@@ -73,7 +77,7 @@ def _loss(gradient: str, *arguments: Any, padded: bool = False, **options: Any) 
     encoder = arguments[0]
     with caller(encoder):
         of = _problem(*arguments, **options)
-        share = 1.0 / len(encoder) if gradient == "mean" else 1.0
+        share = 1.0 / len(arguments[1]) if gradient == "mean" else 1.0
         done = joint_loss.forward(of, weight=share, gradient=gradient != "none", later=gradient == "later")
         if gradient == "none":
             return [done.native]
@@ -82,7 +86,7 @@ def _loss(gradient: str, *arguments: Any, padded: bool = False, **options: Any) 
         cells = list(map(tensor_of, done.saved.vectors)) if done.saved is not None else []
         if padded:
             cells = padded_to(cells, _most_cells(*arguments[:2]))
-        return [done.native, lengths_of(of), tensor_of(done.loss), *cells]
+        return [done.native, *_known(of), tensor_of(done.loss), *cells]
 
 
 @operator(
@@ -116,7 +120,7 @@ class JointLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, how: How,
-        targets: Tensor, frames: Tensor, labels: Tensor, *others: Tensor,
+        targets: Tensor, frames: Tensor, labels: Tensor, index: Tensor | None, *others: Tensor,
     ) -> Tensor:  # fmt: skip
         """Others: the seed, and the tensors of a band and of classes."""
         # The seed is one of the others, for torch.compile takes a forward pass of two of them for one without `ctx`.
@@ -124,13 +128,15 @@ class JointLoss(torch.autograd.Function):
         inputs = (encoder, predictor, weight, bias)
         read = _one_dtype(*map(plain, inputs))
         band, classes = rows[: how.rows], rows[how.rows :]
-        loss, *saved = _loss(how.gradient, *read, targets, frames, labels, seed, band, classes, how.described, **how.options)
+        integers = (targets, frames, labels, index)
+        loss, *saved = _loss(how.gradient, *read, *integers, seed, band, classes, how.described, **how.options)
         ctx.how, ctx.number = how, len(rows)
         ctx.dtypes = [None if each is None else each.dtype for each in inputs]
         # Saved in this way, gradients are given up with the graph, and autograd notices when inputs were changed in between.
         if how.gradient == "later":
-            lengths, *cells = saved
-            ctx.save_for_backward(*rows, *read, targets, lengths[0], lengths[1], seed, *cells)
+            known, cells = saved[:-4], saved[-4:]
+            known += [None] * (3 - len(known))
+            ctx.save_for_backward(*rows, *read, targets, *known, seed, *cells)
         else:
             by = [each for each in inputs if each is not None]
             needed = (native if each.requires_grad else None for native, each in zip(saved, by, strict=False))
@@ -147,7 +153,7 @@ class JointLoss(torch.autograd.Function):
         rows, saved = tensors[: ctx.number], tensors[ctx.number :]
         band, classes = rows[: how.rows], rows[how.rows :]
         if how.gradient == "later":
-            natives = _loss_backward(upstream, saved[8:], *saved[:8], band, classes, how.described, **how.options)
+            natives = _loss_backward(upstream, saved[9:], *saved[:9], band, classes, how.described, **how.options)
         else:
             natives = [None if native is None else native * upstream for native in saved]
         gradients = [

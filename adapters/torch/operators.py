@@ -181,13 +181,28 @@ def host_integers(values: Any) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64, device="cpu")
 
 
+def numbers(value: Any, name: str) -> Tensor:
+    """Numbers of any dtype, or a nested list of them, as a tensor that no gradient is made by."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected numbers without gradient, got a tensor that requires one: detach() it")
+    if not isinstance(value, (list, tuple)):
+        return as_tensor(value, name, as_array)
+    try:
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{name}: expected numbers, got {value}") from None
+
+
 def seed_tensor(seed: Any) -> Tensor:
     """A seed as operators take it; drawn from torch's generator where it is None. A graph serves all of them."""
     if seed is None:
         return torch.randint(1 << 62, (), device="cpu")
     if isinstance(seed, Tensor):
         return seed
-    return torch.full((), whole_number(seed, "seed") & (1 << 63) - 1, dtype=torch.int64, device="cpu")
+    bits = whole_number(seed, "seed")
+    if not -(1 << 63) <= bits < 1 << 63:  # modulo 2^64, as the core takes it
+        bits = (bits + (1 << 63)) % (1 << 64) - (1 << 63)
+    return torch.full((), bits, dtype=torch.int64, device="cpu")
 
 
 def lengths_of(of: Any) -> Tensor:

@@ -248,7 +248,7 @@ class PrunedRNNTLoss(torch.nn.Module):
             "reduction": reduction, "blank": blank, "topology": topology, "fastemit_lambda": fastemit_lambda,
             "delay_penalty": delay_penalty, "infeasible": infeasible, "validate": validate,
         }  # fmt: skip
-        expect_options(joint_rnnt_loss, {"dropout": dropout, **self.common, **options}, "band", "classes")
+        expect_options(joint_rnnt_loss, {"dropout": dropout, **self.common, **options}, "band", "classes", "encoder_index")
 
     @property
     def step(self) -> int:

@@ -16,18 +16,33 @@ less. It is the full lattice with weight -inf in all other cells: a path that en
 and so has probability zero. (T, U), which a path only reaches, is no cell and belongs to no row.
 """
 
+from transducer_loss.reference.amortized import (
+    amortized_backlog,
+    amortized_cost,
+    gumbel_gate,
+    gumbel_gate_backward,
+)
 from transducer_loss.reference.band import band_of_alignment, kept_mass, prune
+from transducer_loss.reference.edit_distance import edit_distance
+from transducer_loss.reference.embr import embr_loss
 from transducer_loss.reference.joint import joint_rnnt_loss
 from transducer_loss.reference.lattice import effective_occupancy, lattice_loss
 from transducer_loss.reference.losses import align, occupancy, rnnt_loss
+from transducer_loss.reference.reduced_predictor import reduced_predictor, reduced_predictor_backward
 from transducer_loss.reference.sampling import inclusion_probabilities, sample_classes
 from transducer_loss.reference.simple import simple_rnnt_loss
 from transducer_loss.reference.softmax import log_probs
 
 __all__ = [
     "align",
+    "amortized_backlog",
+    "amortized_cost",
     "band_of_alignment",
+    "edit_distance",
     "effective_occupancy",
+    "embr_loss",
+    "gumbel_gate",
+    "gumbel_gate_backward",
     "inclusion_probabilities",
     "joint_rnnt_loss",
     "kept_mass",
@@ -35,6 +50,8 @@ __all__ = [
     "log_probs",
     "occupancy",
     "prune",
+    "reduced_predictor",
+    "reduced_predictor_backward",
     "rnnt_loss",
     "sample_classes",
     "simple_rnnt_loss",

@@ -1,8 +1,4 @@
-"""Keras 3 on its TensorFlow backend: a loss of logits for ``compile`` and ``fit``, and a joint network with its loss inside.
-
-Losses cannot be compiled by XLA: `RNNTJoint` tells Keras so, and a model without one takes ``compile(..., jit_compile=False)``
-where there is a GPU.
-"""
+"""Keras 3: a loss of logits for ``compile`` and ``fit``, and a joint network with its loss inside."""
 
 from __future__ import annotations
 
@@ -24,12 +20,10 @@ if keras.backend.backend() != "tensorflow":
         f"keras: expected the TensorFlow backend, got {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before it"
     )
 
-__all__ = ["RNNTJoint", "RNNTLoss"]
-
-_registered = keras.saving.register_keras_serializable("transducer_loss")
+registered = keras.saving.register_keras_serializable("transducer_loss")
 
 
-def _counts(real: Any, name: str) -> Any:
+def counts_of(real: Any, name: str) -> Any:
     """Lengths (B,) of what is real, which has to come before the padding."""
     if real.shape.rank != 2:
         raise ValueError(f"{name}: expected two dimensions, got shape {real.shape}")
@@ -40,11 +34,11 @@ def _counts(real: Any, name: str) -> Any:
         return tf.identity(counts)
 
 
-def _frames(mask: Any, padded: Any) -> Any:
+def frames_of(mask: Any, padded: Any) -> Any:
     """Lengths (B,) by a mask (B, T); all of T where there is none."""
     if mask is None:
         return tf.fill(tf.shape(padded)[:1], tf.shape(padded)[1])
-    return _counts(tf.cast(mask, tf.bool), "mask")
+    return counts_of(tf.cast(mask, tf.bool), "mask")
 
 
 def _expect_options(options: dict[str, Any], function: Any, own: set[str], classes: int, name: str) -> None:
@@ -62,7 +56,7 @@ class _Reduced(keras.losses.Loss):
         return y_pred
 
 
-@_registered
+@registered
 class RNNTLoss(keras.losses.Loss):
     """Transducer loss of logits, for ``model.compile(loss=RNNTLoss())``.
 
@@ -116,7 +110,7 @@ class RNNTLoss(keras.losses.Loss):
                 "y_pred: expected a Keras mask (B, T) with require_mask=True, got none: a layer or operation has lost it"
             )
         targets, logits = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
-        return rnnt_loss(logits, targets, _frames(mask, logits), _counts(targets >= 0, "y_true"), **self.options)
+        return rnnt_loss(logits, targets, frames_of(mask, logits), counts_of(targets >= 0, "y_true"), **self.options)
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Weighted and reduced losses."""
@@ -136,7 +130,7 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@_registered
+@registered
 class RNNTJoint(keras.layers.Layer):
     """Joint network ``weight @ activation(encoder + predictor) + bias``: logits, or the loss without them.
 
@@ -189,7 +183,7 @@ class RNNTJoint(keras.layers.Layer):
         choice(activation, ACTIVATIONS, "activation")
         self.classes, self.activation, self.use_bias = whole_number(classes, "classes", 1), activation, use_bias
         self.dropout, self.loss_options = dropout_rate(dropout), dict(loss_options or {})
-        own = {"activation", "band", "classes", "dropout", "sparse"}
+        own = {"activation", "band", "classes", "dropout", "encoder_index", "sparse"}
         _expect_options(self.loss_options, joint_rnnt_loss, own, self.classes, "loss_options")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -238,8 +232,8 @@ class RNNTJoint(keras.layers.Layer):
         targets = tf.convert_to_tensor(targets)
         losses = joint_rnnt_loss(
             encoder, predictor, self.weight, self.bias, targets,
-            _frames(encoder_mask, encoder) if encoder_lengths is None else encoder_lengths,
-            _counts(targets >= 0, "targets") if target_lengths is None else target_lengths,
+            frames_of(encoder_mask, encoder) if encoder_lengths is None else encoder_lengths,
+            counts_of(targets >= 0, "targets") if target_lengths is None else target_lengths,
             activation=self.activation, dropout=self.dropout if training else 0.0, **self.loss_options,
         )  # fmt: skip
         weights = 1 if sample_weight is None else tf.reshape(tf.cast(sample_weight, losses.dtype), tf.shape(losses))
