@@ -132,8 +132,28 @@ KERNEL reduced_predictor_backward_labels(long long items, const long long* lengt
     }
 }
 
-// Adds up the labels' gradients by their classes, in the order of the labels: `order` lists the labels by class. One block per
-// label, of which the first of a class works; rows of other classes are left as they are.
+// Labels of a class whose gradients one block adds up.
+static constexpr long long RUN = 64;
+
+// Adds up the labels' gradients by their classes, in two steps: `order` lists the labels by class. First runs of labels of one
+// class, into the gradient of each run's first. One block per label, of which the first of a run works.
+template <typename Real>
+KERNEL reduced_predictor_backward_runs(long long items, long long classes, long long features, const long long* keys,
+                                       const long long* order, Real* gradients) {
+    BLOCKS(item, items) {
+        const long long v = keys[order[item]];
+        if (v == classes || (item % RUN != 0 && keys[order[item - 1]] == v)) continue;
+        Real* const out = gradients + order[item] * features;
+        for (long long other = item + 1; other < items && other % RUN != 0 && keys[order[other]] == v; ++other) {
+            const Real* const from = gradients + order[other] * features;
+            SIMD
+            PARALLEL(h, features) out[h] += from[h];
+        }
+    }
+}
+
+// Then the runs, in their order. One block per label, of which the first of a class works; rows of other classes are left as
+// they are.
 template <typename T>
 KERNEL reduced_predictor_backward_embedding(long long items, long long classes, long long features, const long long* keys,
                                             const long long* order, const Compute<T>* gradients, T* embedding) {
@@ -144,7 +164,7 @@ KERNEL reduced_predictor_backward_embedding(long long items, long long classes, 
         for (long long h0 = (long long)threadIdx.x * COLUMNS; h0 < features; h0 += (long long)blockDim.x * COLUMNS) {
             const int lanes = (int)smaller((long long)COLUMNS, features - h0);
             Real sum[COLUMNS] = {};
-            for (long long other = item; other < items && keys[order[other]] == v; ++other) {
+            for (long long other = item; other < items && keys[order[other]] == v; other += RUN - other % RUN) {
                 const Real* const from = gradients + order[other] * features + h0;
                 SIMD
                 for (int k = 0; k < lanes; ++k) sum[k] += from[k];
@@ -184,5 +204,7 @@ KERNEL reduced_predictor_backward_positions(long long parts, long long all, cons
 EXPORT_FLOATS(reduced_predictor_scores)
 EXPORT_FLOATS(reduced_predictor_forward)
 EXPORT_FLOATS(reduced_predictor_backward_labels)
+EXPORT(reduced_predictor_backward_runs, float32)
+EXPORT(reduced_predictor_backward_runs, float64)
 EXPORT_FLOATS(reduced_predictor_backward_embedding)
 EXPORT_FLOATS(reduced_predictor_backward_positions)

@@ -360,3 +360,19 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 def test_errors_of_the_gradient(gradient: Array, last: bool, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         tl.reduced_predictor_backward(gradient, **GOOD, last=last)
+
+
+def test_classes_of_many_labels() -> None:
+    """More than one block adds up, and rows that are many are summed in parts."""
+    rng = np.random.default_rng(3)
+    embedding, positions = rng.normal(size=(5, 6)), rng.normal(size=(2, 3, 6))
+    targets = np.where(rng.random((70, 70)) < 0.9, 2, rng.integers(0, 5, (70, 70)))
+    lengths = rng.integers(0, 71, 70)
+    gradient = rng.normal(size=(70, 71, 6))
+    grads = tl.reduced_predictor_backward(gradient, embedding, positions, targets, lengths)
+    expected = reference.reduced_predictor_backward(gradient, embedding, positions, targets, lengths)
+    for got, wanted in zip((grads.embedding, grads.positions), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-9)
+    one = averaged_backward(gradient, embedding, positions, targets, lengths, last=False, validate=None, threads=1)
+    np.testing.assert_array_equal(one.embedding, grads.embedding)
+    np.testing.assert_array_equal(one.positions, grads.positions)

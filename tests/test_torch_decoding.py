@@ -358,6 +358,14 @@ def test_the_predictor_runs_once_on_every_prefix() -> None:
     assert sum(model.asked) == 1 + int(path.lengths.sum())
 
 
+def test_the_predictor_runs_on_no_prefix_that_leaves_the_beam_at_once() -> None:
+    model = Model(5)
+    with torch.no_grad():
+        model.output.bias[model.blank] += 9  # the empty prefix is the best, and one other has room
+    beam_search(*speech(1), model.predictor, model.joint, beam=2, topology="modified")
+    assert model.asked == [1, 1]
+
+
 @of_each_topology
 def test_the_joint_runs_once_on_every_cell(topology: str) -> None:
     model = Model(3, 2)
@@ -525,12 +533,16 @@ def test_nothing_but_labels_leaves_no_hypothesis() -> None:
     assert greedy(*arguments, max_symbols=2).scores.item() == -math.inf
 
 
-def test_blank_alone() -> None:
-    arguments = *speech(3), lambda labels, state: (torch.zeros(1, 1), None), lambda e, p: torch.zeros(len(e), 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blank_alone(dtype: torch.dtype) -> None:
+    encoder, lengths = speech(3, 2)
+    arguments = lengths, lambda labels, state: (torch.zeros(1, 1), None), lambda e, p: torch.zeros(len(e), 1, dtype=dtype)
     for options in DISTRIBUTIONS:
-        found = beam_search(*arguments, beam=2, **options)
-        assert list(hypotheses(found, 0)) == [()]
-        assert greedy(*arguments, **options).lengths.item() == 0
+        found = beam_search(encoder.float(), *arguments, beam=2, **options)
+        assert list(hypotheses(found, 0)) == list(hypotheses(found, 1)) == [()]
+        path = greedy(encoder, *arguments, **options)
+        assert path.lengths.tolist() == [0, 0]
+        assert found.scores.dtype == path.scores.dtype == dtype
 
 
 def test_neither_history_nor_mode_changes() -> None:

@@ -122,7 +122,8 @@ def amortized_backlog(
 
     Notes
     -----
-    Computed in float64. The slope of ``max(0, x)`` is 0 where ``x <= 0``: a frame that leaves no backlog has no gradient. That
+    Computed in float64. The slope of ``max(0, x)`` is 0 where ``x <= 0``: a frame that leaves no backlog has no gradient. Where
+    the sums that make x cancel to 0, durations that binary fractions cannot hold leave it to rounding which side that is. That
     delay adds up as in a queue is the paper's; this formula and its statistics are this library's reading.
 
     Examples

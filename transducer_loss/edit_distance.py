@@ -105,9 +105,9 @@ def counted(
             scratch = processor.empty((pairs * 3 * (columns + 1),), "int64")
         outputs = [processor.output(tuple(of.shape[:-1]), "int32") for _ in range(4)]
         processor.launch(
-            "edit_distance_counts", pairs, int(of.shape[-1] + columns + 1),
+            "edit_distance_counts", pairs, 1 + min(int(of.shape[-1]), columns),
             pairs, pairs // of.shape[0], labels, int(of.shape[-1]), counts, reference_labels, columns, reference_counts,
-            scratch, *(view for _, view in outputs), steps=1 + min(int(of.shape[-1]), columns), per_thread=2,
+            scratch, *(view for _, view in outputs), steps=1 + int(of.shape[-1]) + columns, per_thread=1,
         )  # fmt: skip
     return EditDistance(*(native for native, _ in outputs))
 

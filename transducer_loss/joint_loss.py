@@ -289,7 +289,8 @@ def joint_rnnt_loss(
     encoder_index : (B,) array or list of int, optional
         Where several utterances share an encoder, as the hypotheses of an N-best list do: utterance b reads ``encoder[i]`` for
         ``i = encoder_index[b]``. Encoder and `encoder_lengths` have as many rows as there are encoders then, in any number, and
-        the gradient of each is the sum over its utterances. One on a device is copied to the host, which synchronises.
+        the gradient of each is the sum over its utterances, of which those of a group have one of their own in the workspace
+        first. One on a device is copied to the host, which synchronises.
     band : Band, optional
         Pruned (arXiv 2206.13236) or alignment-restricted loss: only the band's cells are ever projected.
     classes : Classes, optional

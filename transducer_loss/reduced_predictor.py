@@ -11,8 +11,9 @@ from transducer_loss.arrays import COMPUTE, as_numpy, element_strides
 from transducer_loss.checks import expect_labels, expect_shape, float_array, integers, lengths_on, looked_at, on_processor
 from transducer_loss.processors import Allocate, processor_for
 
-# Parts in which the gradient of the position vectors is summed: a constant, so that sums have one order.
-_PARTS = 64
+# Parts in which the gradient of the position vectors is summed, each of so many rows where there are many of them: whoever
+# computes them, so that sums have one order.
+_PARTS, _ROWS, _MOST_PARTS = 64, 64, 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +98,11 @@ def reduced_predictor_backward(
     Returns
     -------
     ReducedPredictorGrads
-        Sums in one order, whatever the number of threads.
+        Sums in one order, whatever the number of threads. The embedding's is of all V rows.
+
+    Notes
+    -----
+    Temporary memory is a vector of E sums a label. On a device CuPy before version 14 waits for its own sort of the labels.
 
     Examples
     --------
@@ -190,11 +195,15 @@ def averaged_backward(
                 strides[0], 0 if last else strides[1], products, by_label, keys, steps=2 * of.reach,
             )  # fmt: skip
             order = np.argsort(keys, kind="stable")
+            processor.launch(
+                f"reduced_predictor_backward_runs<{of.real}>", labels, of.features,
+                labels, of.classes, of.features, keys, order, by_label, per_thread=2,
+            )  # fmt: skip
             of.launch(
                 "reduced_predictor_backward_embedding", labels, labels, of.classes, of.features, keys, order, by_label,
                 by_embedding, steps=1,
             )  # fmt: skip
-        parts = min(_PARTS, of.rows)
+        parts = min(max(_PARTS, of.rows // _ROWS), _MOST_PARTS, of.rows)
         sums = processor.empty((parts, of.reach, of.features), of.real)
         of.launch(
             "reduced_predictor_backward_positions", parts * of.reach, parts, of.rows, *of.inputs, of.share, of.scores, products,

@@ -46,9 +46,9 @@ class Prefixes(NamedTuple):
         labels = of.labels.scatter(2, of.lengths[..., None], label[..., None])
         return these, Prefixes(labels, of.lengths + 1, of.hashes * _MULTIPLIER + label + 1, of.hashes, of.rows, scores)
 
-    def families(self, alive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Utterance, prefix, the same prefix with a label more, and that label, of all such pairs."""
-        likely = (self.hashes[:, :, None] == self.stems[:, None]) & alive[:, :, None] & alive[:, None]
+    def families(self, parents: Tensor, children: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Utterance, prefix, the same prefix with a label more, and that label, of all such pairs of some and others (B, S)."""
+        likely = (self.hashes[:, :, None] == self.stems[:, None]) & parents[:, :, None] & children[:, None]
         at, parent, child = likely.nonzero(as_tuple=True)
         whole, last = self.labels[at, child], self.lengths[at, child] - 1
         same = (self.labels[at, parent] == whole.scatter(1, last.clamp(min=0)[:, None], -1)).all(1)
@@ -64,38 +64,59 @@ def advance(search: Search, prefixes: Prefixes, frame: int, width: int) -> Prefi
     if not alive.any():
         return prefixes
     log_probs = _cells(search, prefixes, alive, frame)
-    arrived = prefixes.scores.masked_fill(~alive, -math.inf)
-    leaving = torch.where(running, arrived + log_probs[..., search.blank], prefixes.scores)
+    scores = prefixes.scores.to(log_probs.dtype)
+    arrived = scores.masked_fill(~alive, -math.inf)
+    leaving = torch.where(running, arrived + log_probs[..., search.blank], scores)
     for _ in range(search.max_symbols):
-        onward = arrived[..., None] + log_probs
-        onward[..., search.blank] = -math.inf
-        at, parent, child, label = prefixes.families(alive)
-        arrived = torch.full_like(arrived, -math.inf)
-        arrived[at, child] = onward[at, parent, label]
-        onward[at, parent, label] = -math.inf
+        arrived, best, parents, label = _onward(prefixes, alive, arrived, log_probs, search.blank, width)
         leaving = leaving.logaddexp(arrived if search.modified else arrived + log_probs[..., search.blank])
-        best, index = largest(onward.flatten(1), width)
         rivals = torch.cat([leaving, best], 1) if search.modified else leaving
         if rivals.shape[1] >= width:
             best.masked_fill_(best < rivals.topk(width).values[:, -1:], -math.inf)
         new = best > -math.inf
         most = int(new.sum(1).max())
-        if not most:
-            if not (arrived > -math.inf).any():
-                break
-            continue
-        new, best, index = new[:, :most], best[:, :most], index[:, :most]
-        parents, label = index // log_probs.shape[2], index % log_probs.shape[2]
-        prefixes, children = prefixes.with_children(parents, label, best)
-        children.rows[new] = search.extend(children.rows[new], label[new])
-        prefixes, alive, arrived = prefixes.followed_by(children), torch.cat([alive, new], 1), torch.cat([arrived, best], 1)
-        if search.modified:
-            leaving = torch.cat([leaving, best], 1)
-        else:
-            log_probs = torch.cat([log_probs, _cells(search, children, new, frame)], 1)
-            leaving = torch.cat([leaving, best + log_probs[:, -most:, search.blank]], 1)
+        if most:
+            new, best, label = new[:, :most], best[:, :most], label[:, :most]
+            prefixes, children = prefixes.with_children(parents[:, :most], label, best)
+            children.rows[new] = search.extend(children.rows[new], label[new])
+            prefixes, alive, arrived = prefixes.followed_by(children), torch.cat([alive, new], 1), torch.cat([arrived, best], 1)
+            if search.modified:
+                leaving = torch.cat([leaving, best], 1)
+            else:
+                log_probs = torch.cat([log_probs, _cells(search, children, new, frame)], 1)
+                leaving = torch.cat([leaving, best + log_probs[:, -most:, search.blank]], 1)
+        elif not (arrived > -math.inf).any():
+            break
     scores, order = largest(leaving, width)
     return prefixes.taken(order)._replace(scores=scores)
+
+
+def _onward(
+    prefixes: Prefixes, alive: Tensor, arrived: Tensor, log_probs: Tensor, blank: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What label arcs bring, from scores that have just arrived at prefixes.
+
+    To the prefixes themselves (B, S), and to the likeliest (B, n) of the others, with their parents and labels.
+    """
+    sources = arrived > -math.inf
+    at, which = sources.nonzero(as_tuple=True)
+    place = sources.cumsum(1) - 1  # of a prefix among the sources of its utterance
+    row = torch.zeros_like(place)
+    row[at, which] = torch.arange(len(at), device=at.device)
+    onward = log_probs[at, which]
+    onward[:, blank] = -math.inf
+    of, parent, child, label = prefixes.families(sources, alive)
+    known = torch.full_like(arrived, -math.inf)
+    known[of, child] = arrived[of, parent] + onward[row[of, parent], label]
+    onward[row[of, parent], label] = -math.inf
+    values, labels = largest(onward, width)
+    padded = len(arrived), int(place.max()) + 1, values.shape[1]
+    scores, likely, parents = values.new_full(padded, -math.inf), labels.new_zeros(padded), labels.new_zeros(padded)
+    scores[at, place[at, which]] = values + arrived[at, which, None]
+    likely[at, place[at, which]] = labels
+    parents[at, place[at, which]] = which[:, None]
+    best, index = largest(scores.flatten(1), width)
+    return known, best, parents.flatten(1).gather(1, index), likely.flatten(1).gather(1, index)
 
 
 def _cells(search: Search, prefixes: Prefixes, alive: Tensor, frame: int) -> Tensor:
