@@ -4,7 +4,8 @@ After Amortized Networks (Macoskey et al., arXiv 2108.01553), of which only the 
 read. The paper's: a recurrent encoder with branches of different cost, by sparse pruning and by matrix factorisation, and a
 small arbitrator that chooses one of them in each frame. This project's reading: the objective, transducer loss plus a price
 times the cost of what was chosen; delay as a queue of frames that wait; gated recurrent units, whose branches share one
-state; straight-through Gumbel gates with an annealed temperature; pruning (by magnitude) and factorisation (by singular values) of a trained dense encoder; and cost counted in multiply-adds.
+state; straight-through Gumbel gates with an annealed temperature; pruning (by magnitude) and factorisation (by singular
+values) of a trained dense encoder; and cost counted in multiply-adds.
 
 Every encoder starts from one trained dense encoder and is trained further for as many steps, the dense branch alone too.
 """
