@@ -67,13 +67,10 @@ def mean_cost(
     """See `amortized_cost`."""
     of = float_array(gates, "gates", "B T K")
     batch, frames, branches = (int(size) for size in of.shape)
-    kind, real = of.dtype.name, COMPUTE[of.dtype.name]
+    kind = of.dtype.name
     with processor_for(of, threads, allocate) as processor:
-        each = numbers_for(costs, processor, "costs", "(K,)", (branches,), "float64")
-        known = lengths_on(processor, lengths, "lengths", (batch,), 1, frames, "(B,) T", validate)
-        upstream = weights_for(weights, processor, batch, real)
-        native, cost = processor.output((batch,), real)
-        native_gradient, view = processor.output(of.shape, kind) if gradient else (None, None)
+        known, each, upstream = _read(processor, of, lengths, costs, "costs", weights, validate)
+        (native, cost), (native_gradient, view) = _made(processor, of, gradient)
         processor.launch(
             f"amortized_cost<{kind}>", batch, frames,
             batch, of, *element_strides(of), frames, branches, known, each, upstream, cost, view, steps=branches,
@@ -124,7 +121,7 @@ def amortized_backlog(
     -----
     Computed in float64. The slope of ``max(0, x)`` is 0 where ``x <= 0``: a frame that leaves no backlog has no gradient. Where
     the sums that make x cancel to 0, durations that binary fractions cannot hold leave it to rounding which side that is. That
-    delay adds up as in a queue is the paper's; this formula and its statistics are this library's reading.
+    delay matters beside cost is the paper's, as far as it could be read; queue and statistics are this library's reading.
 
     Examples
     --------
@@ -146,16 +143,13 @@ def waiting(
     """See `amortized_backlog`."""
     of = float_array(gates, "gates", "B T K")
     batch, frames, branches = (int(size) for size in of.shape)
-    kind, real = of.dtype.name, COMPUTE[of.dtype.name]
+    kind = of.dtype.name
     if finite(frame_period, "frame_period") < 0:
         raise ValueError(f"frame_period: expected 0 or more, got {frame_period}")
     which = choice(statistic, STATISTICS, "statistic")
     with processor_for(of, threads, allocate) as processor:
-        each = numbers_for(durations, processor, "durations", "(K,)", (branches,), "float64")
-        known = lengths_on(processor, lengths, "lengths", (batch,), 1, frames, "(B,) T", validate)
-        upstream = weights_for(weights, processor, batch, real)
-        native, backlog = processor.output((batch,), real)
-        native_gradient, view = processor.output(of.shape, kind) if gradient else (None, None)
+        known, each, upstream = _read(processor, of, lengths, durations, "durations", weights, validate)
+        (native, backlog), (native_gradient, view) = _made(processor, of, gradient)
         processor.launch(
             f"amortized_backlog<{kind}>", batch, frames,
             batch, of, *element_strides(of), frames, branches, known, each, float(frame_period), which, upstream,
@@ -222,9 +216,7 @@ def gated(
     of, how = noisy(logits, temperature, noise, seed)
     batch, frames, branches = (int(size) for size in of.shape)
     with processor_for(of, threads, allocate) as processor:
-        known = None if lengths is None else lengths_on(
-            processor, lengths, "lengths", (batch,), 1, frames, "(B,) T", validate
-        )
+        known = _lengths(processor, of, lengths, validate)
         native, gates = processor.output(of.shape, of.dtype.name)
         processor.launch(
             f"amortized_gate<{of.dtype.name}>", -(-batch * frames // _FRAMES), _FRAMES,
@@ -270,9 +262,7 @@ def gated_backward(
     expect_shape(given, "gradient", "(B, T, K)", tuple(of.shape))
     batch, frames, branches = (int(size) for size in of.shape)
     with processor_for(of, threads, allocate) as processor:
-        known = None if lengths is None else lengths_on(
-            processor, lengths, "lengths", (batch,), 1, frames, "(B,) T", validate
-        )
+        known = _lengths(processor, of, lengths, validate)
         native, out = processor.output(of.shape, of.dtype.name)
         processor.launch(
             f"amortized_gate_backward<{of.dtype.name}>", -(-batch * frames // _FRAMES), _FRAMES,
@@ -280,6 +270,31 @@ def gated_backward(
             steps=_STEPS * branches, per_thread=1,
         )  # fmt: skip
     return native
+
+
+def _lengths(processor: Any, of: Any, lengths: Any, validate: bool | None) -> Any:
+    """Lengths as the kernels read them; None where every frame is real."""
+    if lengths is None:
+        return None
+    batch, frames = (int(size) for size in of.shape[:2])
+    return lengths_on(processor, lengths, "lengths", (batch,), 1, frames, "(B,) T", validate)
+
+
+def _read(
+    processor: Any, of: Any, lengths: Any, per_branch: Any, name: str, weights: Any, validate: bool | None
+) -> tuple[Any, Any, Any]:
+    """Lengths, the branches' costs or durations, and utterance weights, beside the gates."""
+    batch, _, branches = (int(size) for size in of.shape)
+    each = numbers_for(per_branch, processor, name, "(K,)", (branches,), "float64")
+    # Not by _lengths: without lengths it would be an error here.
+    known = lengths_on(processor, lengths, "lengths", (batch,), 1, int(of.shape[1]), "(B,) T", validate)
+    return known, each, weights_for(weights, processor, batch, COMPUTE[of.dtype.name])
+
+
+def _made(processor: Any, of: Any, gradient: bool) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """A number for each utterance, and the gradient by the gates, if there is one: the framework's arrays, and views."""
+    numbers = processor.output((int(of.shape[0]),), COMPUTE[of.dtype.name])
+    return numbers, processor.output(of.shape, of.dtype.name) if gradient else (None, None)
 
 
 # Frames that a block's threads share out: FRAMES of kernels/amortized.cu.
