@@ -7,7 +7,8 @@ times the cost of what was chosen; delay as a queue of frames that wait; gated r
 state; straight-through Gumbel gates with an annealed temperature; pruning (by magnitude) and factorisation (by singular
 values) of a trained dense encoder; and cost counted in multiply-adds.
 
-Every encoder starts from one trained dense encoder and is trained further for as many steps, the dense branch alone too.
+Every encoder starts from one trained dense encoder and is trained further for as many steps; so are, to compare with, each
+branch alone, and branches that no arbitrator chooses but chance.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pytorch_recogniser import ENCODER_PERIOD, Budget, Encoder, Recogniser, Tens
 from spoken_numbers import FRAME_PERIOD, Utterance
 from transducer_loss.adapters.torch import amortized_backlog, amortized_cost, gumbel_gate
 
-PEAK_LEARNING_RATE, WARM_UP_STEPS = 1e-3, 10
+PEAK_LEARNING_RATE, WARM_UP_STEPS = 2e-3, 10
 FIRST_TEMPERATURE, LAST_TEMPERATURE = 2.0, 0.5
 ARBITRATOR_WIDTH = 16
 # For the backlog: a device on which the dense encoder takes half as long again as the frames last.
@@ -122,13 +123,14 @@ class SwitchedGRU(nn.Module):
 class AmortizedEncoder(Encoder):
     """A trained encoder whose recurrent layers have branches, and an arbitrator that chooses by the low-level features."""
 
-    def __init__(self, trained: Encoder, branches: tuple[str, ...], share: float) -> None:
+    def __init__(self, trained: Encoder, branches: tuple[str, ...], share: float, arbitrated: bool = True) -> None:
         width = trained.project.in_features
         super().__init__(width)
         self.load_state_dict(trained.state_dict())
         self.layers = nn.ModuleList(SwitchedGRU(layer, branches, share) for layer in self.layers)
         arbitrator = (nn.Linear(width, ARBITRATOR_WIDTH), nn.ReLU(), nn.Linear(ARBITRATOR_WIDTH, len(branches)))
-        self.arbitrator = nn.Sequential(*arbitrator) if len(branches) > 1 else None
+        self.arbitrator = nn.Sequential(*arbitrator) if arbitrated and len(branches) > 1 else None
+        self.count = len(branches)
         # Of a frame in each branch, by that of the trained encoder; the arbitrator and what is not switched are counted in all.
         switched = [module.branches for module in self.modules() if isinstance(module, Switched)]
         each = [sum(multiply_adds(layers[k]) for layers in switched) for k in range(len(branches))]
@@ -136,22 +138,29 @@ class AmortizedEncoder(Encoder):
 
     def preferences(self, x: Tensor) -> Tensor:
         """Logits (B, T, K) of the branches, from low-level features (B, T, H)."""
-        return self.arbitrator(x) if self.arbitrator else x.new_zeros(*x.shape[:2], 1)
+        return self.arbitrator(x) if self.arbitrator else x.new_zeros(*x.shape[:2], self.count)
+
+    def choose(self, x: Tensor) -> Tensor:
+        """Hard gates (B, T, K) of an encoder in use: without noise, or by chance where there is no arbitrator."""
+        return gumbel_gate(self.preferences(x), hard=True, noise=self.arbitrator is None, seed=0)
 
     def forward(self, features: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Encode a piece of speech as a recogniser in use does: by hard gates without noise."""
+        """Encode a piece of speech as a recogniser in use does."""
         past, *hidden = state or [None, None, None]
         x, following = self.listen(features, past)
-        encodings, after = self.understand(x, hidden, gumbel_gate(self.preferences(x), hard=True, noise=False))
+        encodings, after = self.understand(x, hidden, self.choose(x))
         return encodings, [following, *after]
 
 
 @dataclass
 class Run:
-    """An encoder's branches and the price of cost it is trained at (lambda, in nats an utterance); and what became of it."""
+    """An encoder's branches and the price of cost it is trained at (lambda, in nats an utterance); and what became of it.
+
+    Without a price there is no arbitrator.
+    """
 
     branches: tuple[str, ...]
-    price: float = 0.0
+    price: float | None = None
     losses: list[float] = field(default_factory=list)
     hypotheses: list[str] = field(default_factory=list)
     character_error_rate: float = math.nan  # on speakers never heard in training
@@ -159,14 +168,16 @@ class Run:
     wait: float = math.nan  # seconds, after the last frame
 
     @property
-    def switched(self) -> bool:
-        """Whether there is something to choose."""
-        return len(self.branches) > 1
-
-    @property
     def name(self) -> str:
         """Name for people."""
-        return f"{self.branches[1]}, lambda {self.price:g}" if self.switched else f"{self.branches[0]} only"
+        if self.price is not None:
+            return f"{self.branches[-1]}, lambda {self.price:g}"
+        return f"{self.branches[-1]}, by chance" if self.by_chance else f"{self.branches[-1]} alone"
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether there are branches that no arbitrator chooses."""
+        return self.price is None and len(self.branches) > 1
 
 
 def amortize(
@@ -189,7 +200,7 @@ def amortize(
         encodings, _ = encoder.understand(x, [None, None], gates)
         predictions = model.predictor.sequence(batch.targets)
         loss = model.loss(encodings, predictions, batch.targets, lengths, batch.target_lengths)
-        objective = loss + run.price * amortized_cost(gates, encoder.costs, lengths)
+        objective = loss + (run.price or 0.0) * amortized_cost(gates, encoder.costs, lengths)
         if arguments.backlog:
             objective = objective + arguments.backlog * wait(gates, encoder.costs, lengths, "mean")
         optimiser.zero_grad()
@@ -223,25 +234,26 @@ def evaluate(run: Run, model: Recogniser, held_out: list[Utterance]) -> None:
 def gates_of(model: Recogniser, batch: TensorBatch) -> Tensor:
     """Hard gates (B, T, K) of whole utterances."""
     x, _ = model.encoder.listen(batch.features, None)
-    return gumbel_gate(model.encoder.preferences(x), batch.encoder_lengths, hard=True, noise=False)
+    return model.encoder.choose(x)
 
 
 def draw(runs: list[Run], models: list[Recogniser], held_out: list[Utterance], out: Path) -> None:
     """Draw error rates over costs, and which frames of an utterance are dense at each price; the first run is the dense one."""
-    kinds = dict.fromkeys(run.branches[1] for run in runs if run.switched)
-    curves = {
-        kind: sorted(
-            (run.cost, run.character_error_rate, f"{run.price:g}" if run.switched else run.name)
-            for run in runs
-            if run is runs[0] or kind in run.branches
-        )
-        for kind in kinds
-    }
+    curves: dict[str, list[tuple[float, float, str]]] = {}
+    for run in runs[1:]:
+        label = "" if run.by_chance else run.name if run.price is None else f"{run.price:g}"
+        points = curves.setdefault(run.name if run.by_chance else run.branches[-1], [])
+        points.append((run.cost, run.character_error_rate, label))
+    for points in curves.values():
+        points.sort()
+        if len(points) > 1:
+            points.append((runs[0].cost, runs[0].character_error_rate, runs[0].name))
     goal = 1 - LEAST_SAVING, runs[0].character_error_rate + MOST_WORSE
     pictures.trade_off(out / "error-over-cost.png", curves, *goal)
     shown = to_show(held_out, runs[0].hypotheses)
     batch = TensorBatch.of(spoken_numbers.batch([shown]), models[0].output.weight.device)
-    gates = {run.name: gates_of(model, batch)[0, :, 0].cpu() for run, model in zip(runs, models, strict=True) if run.switched}
+    arbitrated = [(run, model) for run, model in zip(runs, models, strict=True) if run.price is not None]
+    gates = {run.name: gates_of(model, batch)[0, :, 0].cpu() for run, model in arbitrated}
     pictures.switching(out / "gates.png", shown.text, shown.features, FRAME_PERIOD, shown.word_starts, gates, ENCODER_PERIOD)
 
 
@@ -252,9 +264,9 @@ def report(runs: list[Run]) -> None:
         rate, cost = 100 * run.character_error_rate, 100 * run.cost
         print(f"{run.name:22s} {rate:14.2f} % {cost:15.0f} % {1000 * run.wait:18.0f} ms")
     dense_rate = runs[0].character_error_rate
-    good = [run for run in runs if run.switched and run.character_error_rate <= dense_rate + MOST_WORSE]
+    good = [run for run in runs if run.price is not None and run.character_error_rate <= dense_rate + MOST_WORSE]
     print(f"\nat no more than {100 * MOST_WORSE:g} point above the dense encoder:")
-    for kind in dict.fromkeys(run.branches[1] for run in good):
+    for kind in dict.fromkeys(run.branches[-1] for run in good):
         best = min((run for run in good if kind in run.branches), key=lambda run: run.cost)
         worse = 100 * (best.character_error_rate - dense_rate)
         print(f"  {best.name}: {100 * (1 - best.cost):.0f} % less cost at {worse:+.2f} points")
@@ -265,11 +277,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cheap = [name for name in BRANCHES if name != "dense"]
     parser.add_argument("--cheap", nargs="+", choices=cheap, default=cheap, help="cheap branches to try (default: all)")
-    parser.add_argument("--share", type=float, default=0.05, help="of the dense weights that they keep (default: %(default)s)")
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[2.0, 4.0, 8.0], help="prices of cost, in nats")
+    parser.add_argument("--share", type=float, default=0.08, help="of the dense weights that they keep (default: %(default)s)")
+    parser.add_argument("--lambdas", type=float, nargs="+", default=[1.0, 3.0, 6.0], help="prices of cost, in nats")
     parser.add_argument("--backlog", type=float, default=0.0, help="price of a second that frames wait (default: %(default)s)")
-    parser.add_argument("--dense-steps", type=int, default=600, help="of the dense encoder's training (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="of each encoder's further training (default: %(default)s)")
+    parser.add_argument("--dense-steps", type=int, default=450, help="of the dense encoder's training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=130, help="of each encoder's further training (default: %(default)s)")
+    parser.add_argument("--tuning", action="store_true", help="hold out some of the training speakers: to choose settings by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("amortized-out"), help="folder of the pictures (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
@@ -281,17 +294,17 @@ def main() -> None:
     arguments = parse_arguments()
     times = [time.perf_counter()]
     torch.manual_seed(arguments.seed)
-    training, held_out = recipe.synthesise(arguments.seed)
+    training, held_out = recipe.synthesise(arguments.seed, arguments.tuning)
     times.append(time.perf_counter())
     trained = Recogniser()
     train(trained, training, held_out, Budget(arguments.dense_steps), arguments.seed)
     times.append(time.perf_counter())
     runs = [Run(("dense",))]
     for kind in arguments.cheap:
-        runs += [Run(("dense", kind), price) for price in arguments.lambdas] + [Run((kind,))]
+        runs += [Run(("dense", kind), price) for price in arguments.lambdas] + [Run(("dense", kind)), Run((kind,))]
     models = [copy.deepcopy(trained) for _ in runs]
     for run, model in zip(runs, models, strict=True):
-        model.encoder = AmortizedEncoder(trained.encoder, run.branches, arguments.share)
+        model.encoder = AmortizedEncoder(trained.encoder, run.branches, arguments.share, run.price is not None)
 
     def follow(run: Run, model: Recogniser) -> None:
         amortize(run, model, training, arguments, advance)

@@ -113,13 +113,15 @@ def trade_off(path: Path, curves: dict[str, list[tuple[float, float, str]]], mos
     ----------
     path : Path
     curves : dict
-        By name: cost, error rate and label of every point, in the order of the line.
+        By name: cost, error rate and label of every point, in the order of the line; two lines, and to each one lone point.
     most_cost, most_error : float
         Corner of the goal.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for (name, points), colour, marker in zip(curves.items(), (BLUE, VERMILION), "os", strict=False):
+        # Lines first: a lone point takes the colour of its line.
+        ordered = sorted(curves.items(), key=lambda curve: len(curve[1]) == 1)
+        for (name, points), colour, marker in zip(ordered, (BLUE, VERMILION) * 2, "osDv", strict=False):
             costs, errors, _ = zip(*points, strict=True)
             axes.plot([100 * c for c in costs], [100 * e for e in errors], marker + "-", color=colour, linewidth=2, label=name)
             for cost, error, label in points:

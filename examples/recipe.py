@@ -36,10 +36,10 @@ def progress(name: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda name=name: bar.update(task, advance=1, description=name)
 
 
-def synthesise(seed: int) -> tuple[list[Utterance], list[Utterance]]:
-    """Make the training set and the held-out one."""
+def synthesise(seed: int, tuning: bool = False) -> tuple[list[Utterance], list[Utterance]]:
+    """Make the training set and the held-out one, if for tuning of other speakers than results are reported by."""
     with progress("speaking", TRAINING_UTTERANCES + HELD_OUT_UTTERANCES) as advance:
-        return spoken_numbers.corpus(TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance)
+        return spoken_numbers.corpus(TRAINING_UTTERANCES, HELD_OUT_UTTERANCES, seed, advance, tuning)
 
 
 def encoder_lengths(feature_lengths: np.ndarray) -> np.ndarray:

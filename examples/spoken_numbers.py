@@ -228,7 +228,7 @@ class Utterance:
 
 
 def corpus(
-    training: int, held_out: int, seed: int = 0, advance: Callable[[], object] = lambda: None
+    training: int, held_out: int, seed: int = 0, advance: Callable[[], object] = lambda: None, tuning: bool = False
 ) -> tuple[list[Utterance], list[Utterance]]:
     """Synthesise a training and a held-out set; the held-out one has other speakers and other numbers.
 
@@ -239,7 +239,10 @@ def corpus(
     seed : int
     advance : callable
         Called after every utterance.
+    tuning : bool
+        Hold out some of the training speakers in place of those by whom results are reported.
     """
+    speakers = (TRAINING_SPEAKERS[8:], TRAINING_SPEAKERS[:8]) if tuning else (TRAINING_SPEAKERS, HELD_OUT_SPEAKERS)
     rng = np.random.default_rng(seed)
     # As many numbers of three digits as of six, or nearly all would have six.
     numbers = dict.fromkeys(int(10 ** rng.uniform(2, 6)) for _ in range(2 * (training + held_out)))
@@ -257,8 +260,8 @@ def corpus(
         return Utterance(texts[index], speaker, signal_to_noise, features, word_starts)
 
     return (
-        [utterance(index, TRAINING_SPEAKERS) for index in range(training)],
-        [utterance(index, HELD_OUT_SPEAKERS) for index in range(training, training + held_out)],
+        [utterance(index, speakers[0]) for index in range(training)],
+        [utterance(index, speakers[1]) for index in range(training, training + held_out)],
     )
 
 

@@ -203,10 +203,11 @@ def report(runs: list[Run], held_out: list[Utterance]) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="of the first training (default: %(default)s)")
-    parser.add_argument("--embr-steps", type=int, default=60, help="of EMBR, and of its control (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="of the first training (default: %(default)s)")
+    parser.add_argument("--embr-steps", type=int, default=50, help="of EMBR, and of its control (default: %(default)s)")
     parser.add_argument("--nbest", type=int, default=4, help="hypotheses of an utterance, and beam (default: %(default)s)")
     parser.add_argument("--interpolation", type=float, default=0.1, help="transducer loss in EMBR (default: %(default)s)")
+    parser.add_argument("--tuning", action="store_true", help="hold out some of the training speakers: to choose settings by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("tied-reduced-out"), help="of the picture (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
@@ -217,7 +218,7 @@ def main() -> None:
     """Make the corpus, train both recognisers, and report."""
     arguments = parse_arguments()
     times = [time.perf_counter()]
-    training, held_out = recipe.synthesise(arguments.seed)
+    training, held_out = recipe.synthesise(arguments.seed, arguments.tuning)
     times.append(time.perf_counter())
     torch.manual_seed(arguments.seed)
     models = [Recogniser(decoder) for decoder in DECODERS]

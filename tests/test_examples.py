@@ -142,6 +142,7 @@ def test_a_corpus_of_speech():
     pytest.importorskip("espeakng_loader", reason="the speech comes from espeakng-loader")
     pytest.importorskip("kaldi_native_fbank", reason="the features come from kaldi-native-fbank")
     training, held_out = spoken_numbers.corpus(4, 3, seed=1)
+    assert {u.speaker for u in held_out} <= set(spoken_numbers.HELD_OUT_SPEAKERS)
     assert (len(training), len(held_out)) == (4, 3)
     assert not {u.text for u in training} & {u.text for u in held_out}
     for u in training + held_out:
@@ -151,6 +152,14 @@ def test_a_corpus_of_speech():
         assert len(u.word_starts) == len(u.text.split())
         assert u.word_starts[-1] < len(u.features) * spoken_numbers.FRAME_PERIOD
         assert len(u.text) < 40 * len(u.features) * spoken_numbers.FRAME_PERIOD
+
+
+def test_speakers_to_tune_by_are_none_of_those_reported_by(monkeypatch):
+    monkeypatch.setattr(spoken_numbers.Synthesiser, "say", lambda *_: (np.zeros(8000, np.float32), np.zeros(1)))
+    training, held_out = spoken_numbers.corpus(100, 20, tuning=True)
+    heard, judged = ({u.speaker for u in part} for part in (training, held_out))
+    assert not heard & judged
+    assert heard | judged == set(spoken_numbers.TRAINING_SPEAKERS)
 
 
 def test_an_unknown_voice_is_refused():

@@ -158,7 +158,7 @@ def test_the_encoder_hears_the_same_in_pieces_and_not_the_future(branches):
 
 def test_the_cost_is_the_mean_of_real_frames_and_the_wait_that_of_utterances():
     model, utterances = recogniser("dense", "low-rank"), noises(5)
-    run = amortized.Run(("dense", "low-rank"))
+    run = amortized.Run(("dense", "low-rank"), 0.0)
     amortized.evaluate(run, model, utterances)
     taken, waits = [], []
     for utterance in utterances:
@@ -180,9 +180,19 @@ def arguments(**options):
 def test_the_loss_alone_trains_every_branch_and_the_arbitrator():
     model = recogniser("dense", "low-rank")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    amortized.amortize(amortized.Run(("dense", "low-rank")), model, noises(8), arguments(steps=3), lambda: None)
+    amortized.amortize(amortized.Run(("dense", "low-rank"), 0.0), model, noises(8), arguments(steps=3), lambda: None)
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert still == []
+
+
+def test_by_chance_all_branches_are_as_likely():
+    encoder = amortized.AmortizedEncoder(pytorch_recogniser.Encoder(WIDTH), BRANCHES, 0.25, arbitrated=False)
+    gates = encoder.choose(torch.randn(20, 100, WIDTH))
+    assert torch.equal(gates.sum(-1), torch.ones(20, 100))
+    torch.testing.assert_close(gates.mean((0, 1)), torch.full((3,), 1 / 3), rtol=0, atol=0.04)
+    assert amortized.multiply_adds(encoder) == amortized.multiply_adds(encoder.layers) + sum(
+        amortized.multiply_adds(module) for module in (encoder.convolution, encoder.project)
+    )
 
 
 @pytest.mark.parametrize(("price", "backlog"), [(1000.0, 0.0), (0.0, 1000.0)])
@@ -213,7 +223,9 @@ def test_a_run_of_a_few_steps(monkeypatch, tmp_path):
     assert results["seed"] == 3
     runs = {run["name"]: run for run in results["runs"]}
     assert list(runs) == [
-        "dense only", "sparse, lambda 0", "sparse, lambda 5", "sparse only", "low-rank, lambda 0", "low-rank, lambda 5", "low-rank only",
+        "dense alone",
+        "sparse, lambda 0", "sparse, lambda 5", "sparse, by chance", "sparse alone",
+        "low-rank, lambda 0", "low-rank, lambda 5", "low-rank, by chance", "low-rank alone",
     ]  # fmt: skip
     for run in runs.values():
         assert len(run["losses"]) == 2
@@ -221,11 +233,12 @@ def test_a_run_of_a_few_steps(monkeypatch, tmp_path):
         assert run["character_error_rate"] == pytest.approx(
             spoken_numbers.error_rate([each.text for each in noises(4)], run["hypotheses"])
         )
-    assert runs["dense only"]["cost"] == pytest.approx(1)
+    assert runs["dense alone"]["cost"] == pytest.approx(1)
     for kind in ("sparse", "low-rank"):
-        dense, cheap = sum(amortized.AmortizedEncoder(pytorch_recogniser.Encoder(128), ("dense", kind), 0.06).costs[:1]), runs[f"{kind} only"]
+        dense, cheap = sum(amortized.AmortizedEncoder(pytorch_recogniser.Encoder(128), ("dense", kind), 0.06).costs[:1]), runs[f"{kind} alone"]
         assert cheap["cost"] < 0.3
         assert cheap["cost"] <= runs[f"{kind}, lambda 5"]["cost"] <= dense + 1e-6
-        assert cheap["wait"] == 0 < runs["dense only"]["wait"]
+        assert cheap["cost"] < runs[f"{kind}, by chance"]["cost"] < dense
+        assert cheap["wait"] == 0 < runs["dense alone"]["wait"]
     assert set(results["seconds"]) == {"speech", "dense training", "amortizing"}
     assert {path.name for path in tmp_path.glob("*.png")} == {"error-over-cost.png", "gates.png"}

@@ -104,7 +104,7 @@ def test_one_text_alone_teaches_nothing(batch):
 
 
 def run(monkeypatch, tmp_path, *arguments):
-    monkeypatch.setattr(recipe, "synthesise", lambda seed: (noises(8), noises(4)))
+    monkeypatch.setattr(recipe, "synthesise", lambda *_: (noises(8), noises(4)))
     monkeypatch.setattr(recipe, "BATCH_SIZE", 4)
     monkeypatch.setattr(tied_reduced, "WIDTH", 32)
     given = ["tied_reduced", *arguments, "--out", str(tmp_path), "--json", str(tmp_path / "new" / "results.json")]
