@@ -203,8 +203,8 @@ def report(runs: list[Run], held_out: list[Utterance]) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=250, help="of the first training (default: %(default)s)")
-    parser.add_argument("--embr-steps", type=int, default=50, help="of EMBR, and of its control (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of the first training (default: %(default)s)")
+    parser.add_argument("--embr-steps", type=int, default=40, help="of EMBR, and of its control (default: %(default)s)")
     parser.add_argument("--nbest", type=int, default=4, help="hypotheses of an utterance, and beam (default: %(default)s)")
     parser.add_argument("--interpolation", type=float, default=0.1, help="transducer loss in EMBR (default: %(default)s)")
     parser.add_argument("--tuning", action="store_true", help="hold out some of the training speakers: to choose settings by")
