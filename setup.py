@@ -2,19 +2,26 @@
 
 import copy
 import os
-import platform
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, CompileError
 
-X86 = platform.machine() in ("x86_64", "AMD64")
+# Of what is built for, which a cross compiler's caller sets: not of this machine.
+X86 = sysconfig.get_platform().endswith("-x86_64")
 LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
+
+NEEDED = (
+    "transducer_loss compiles its kernels for the host: that takes GCC 11, Clang 12 or later, named by CXX unless it is g++. "
+    "Debian and Ubuntu: apt-get install g++. Windows: use WSL. macOS: untried. Nothing is compiled where there is a wheel."
+)
 
 
 class BuildLevels(build_ext):
@@ -23,11 +30,16 @@ class BuildLevels(build_ext):
     def build_extensions(self) -> None:
         """Build all extensions."""
         self.check_extensions_list(self.extensions)
+        if self.compiler.compiler_type != "unix":
+            raise CompileError(f"{NEEDED}\nThe compiler here is of the kind {self.compiler.compiler_type!r}.")
 
         def build(extension: Extension) -> None:
             one = copy.copy(self)
             one.build_temp = os.path.join(self.build_temp, extension.name)
-            one.build_extension(extension)
+            try:
+                one.build_extension(extension)
+            except CCompilerError as error:
+                raise CompileError(f"{NEEDED}\n{error}") from error
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(build, self.extensions))

@@ -34,7 +34,7 @@ from transducer_loss.adapters.torch import (
     rnnt_loss,
     sample_classes,
 )
-from transducer_loss.benchmarks.joint_loss import random_case, trained_case
+from transducer_loss.benchmarks.scenarios import random_case, trained_case
 
 Shape = tuple[int, int, int, int, int]
 

@@ -10,12 +10,12 @@ import numpy as np
 matplotlib.use("Agg")  # no window, so that a machine without a screen will do
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
-# From the Okabe-Ito palette, which colour-blind readers tell apart.
-BLUE, VERMILION = "#0072B2", "#D55E00"
+from transducer_loss import Alignment, Band, Occupancy, plot
+from transducer_loss.plot import BLUE, VERMILION
+
 STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150}
 
 
@@ -53,10 +53,10 @@ def lattice(
     features: np.ndarray,
     feature_period: float,
     word_starts: np.ndarray,
-    occupancy: np.ndarray,
+    occupancy: Occupancy,
     frame_period: float,
-    alignment: np.ndarray,
-    band: tuple[np.ndarray, np.ndarray] | None = None,
+    alignment: Alignment,
+    band: Band | None = None,
 ) -> None:
     """Draw an utterance over the lattice of its loss.
 
@@ -70,39 +70,26 @@ def lattice(
         Seconds.
     word_starts : ndarray
         Seconds.
-    occupancy : ndarray (T, U + 1)
-        Probability that a path passes each cell.
+    occupancy : Occupancy
+        Of a batch of this utterance alone, as are `alignment` and `band`.
     frame_period : float
         Seconds of the T frames.
-    alignment : ndarray (U,) of int
-        Frame of each character on the best path.
-    band : two ndarrays (T,) of int, optional
-        First cell of each frame that a pruned loss looks at, and one past the last.
+    alignment : Alignment
+    band : Band, optional
+        Of a pruned loss.
     """
-    frames, positions = occupancy.shape
-    seconds = max(frames * frame_period, len(features) * feature_period)
     with plt.rc_context(STYLE):
         figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 9), height_ratios=(1, 3), layout="constrained")
         _speech(above, text, features, feature_period, word_starts)
         figure.suptitle("What the loss saw: where each character may be, and where it is most likely")
 
-        cells = below.imshow(
-            np.ma.masked_less(occupancy.T, 1e-6), origin="lower", aspect="auto", cmap="viridis", norm=LogNorm(1e-6, 1),
-            extent=(0, frames * frame_period, -0.5, positions - 0.5), interpolation="nearest",
-        )  # fmt: skip
-        times, heights = _staircase(alignment, frames)
-        below.plot(times * frame_period, heights, color=VERMILION, linewidth=2, label="best alignment")
-        if band is not None:
-            first, end = band
-            below.stairs(
-                end - 0.5, np.arange(frames + 1) * frame_period, baseline=first - 0.5, color="black", linewidth=1,
-                path_effects=[withStroke(linewidth=3, foreground="white")], label="band of the pruned loss",
-            )  # fmt: skip
-        below.set_yticks(range(positions), ["start", *text.replace(" ", "␣")], fontsize=8)
-        below.set(xlabel="time (s)", ylabel="last character emitted", xlim=(0, seconds))
+        symbols = text.replace(" ", "␣")
+        plot.lattice(
+            occupancy, alignment=alignment, band=band, symbols=symbols, frame_period=1000 * frame_period, ax=below
+        )
+        below.set(title="", ylabel="last character emitted")
+        below.set_xlim(right=max(below.get_xlim()[1], len(features) * feature_period))
         below.legend(loc="upper left", frameon=False)
-        bar = figure.colorbar(cells, ax=below, shrink=0.8, pad=0.01)
-        bar.set_label("probability that a path passes the cell (white: under 1e-6)")
         _save(figure, path)
 
 
@@ -215,16 +202,6 @@ def _speech(axes: Axes, text: str, features: np.ndarray, feature_period: float, 
             rotation=35, color=VERMILION, fontsize=10,
         )  # fmt: skip
     axes.set_ylabel("mel bin")
-
-
-def _staircase(alignment: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of a path through the lattice: frames, and characters emitted by then."""
-    corners = [(0.5, 0)]
-    for position, frame in enumerate(alignment):
-        corners += [(frame + 0.5, position), (frame + 0.5, position + 1)]
-    corners.append((frames - 0.5, len(alignment)))
-    times, heights = np.array(corners).T
-    return times, heights
 
 
 def _moving_mean(values: list[float], width: int) -> np.ndarray:

@@ -431,14 +431,13 @@ def look_into(
     heard = list(zip(held_out, done.hypotheses, strict=True))
     shown = to_show(held_out, done.hypotheses)
     arguments = loss_arguments(model, [shown])
-    alignment = transducer_loss.align(*arguments, blank=BLANK).frames[0]
+    alignment = transducer_loss.align(*arguments, blank=BLANK)
     occupancy = transducer_loss.occupancy(*arguments, blank=BLANK)
     band = band_of(simple_loss(model, arguments)[2], arguments) if model.pruned else None
     pictures.learning_curve(out / "learning-curve.png", done.losses, done.evaluated_steps, done.error_rates, target=0.03)
     pictures.lattice(
         out / "lattice.png", shown.text, shown.features, spoken_numbers.FRAME_PERIOD, shown.word_starts,
-        (occupancy.blank + occupancy.label)[0], ENCODER_PERIOD, alignment,
-        band=(band.first[0], band.end[0]) if band else None,
+        occupancy, ENCODER_PERIOD, alignment, band,
     )  # fmt: skip
     longest = sorted(training, key=lambda utterance: len(utterance.features))[-BATCH_SIZE:]
     largest = loss_arguments(model, longest)
@@ -453,7 +452,7 @@ def look_into(
             if (some := [pair for pair in heard if pair[0].signal_to_noise == ratio])
         },
         "examples": [(utterance.text, hypothesis) for utterance, hypothesis in heard[:3]] + wrong[:2],
-        "words": [asdict(word) for word in words_in_time(shown, alignment)],
+        "words": [asdict(word) for word in words_in_time(shown, alignment.frames[0])],
         "share_needing_gradient": 1 - gradients_of(model, largest, workspace).dropped,
         "megabytes": taken,
         "megabytes_of_logits": avoided,

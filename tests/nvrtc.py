@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from cupy_backends.cuda.libs import nvrtc
 
+from transducer_loss import kernel_cache
+
 ARCHITECTURES = (75, 80, 90, 100, 120)
 
-# CuPy adds -ftz=true to what transducer_loss.cuda asks for. With -v ptxas reports into NVRTC's log.
-OPTIONS = ("-std=c++17", "-ftz=true", "--ptxas-options=-v")
+# With -v ptxas reports into NVRTC's log.
+OPTIONS = (*kernel_cache.OPTIONS, "--ptxas-options=-v")
 
 
 class CompileError(Exception):

@@ -379,7 +379,7 @@ sys.exit(main(sys.argv[1:]))
 def test_every_function_is_checked() -> None:
     public = {name for name in transducer_loss.__all__ if name.islower()}
     with_them = {"gumbel_gate_backward", "reduced_predictor_backward", "sample_classes"}  # as parts of rows of others
-    of_lattices = {"align", "gather_predictor", "gather_predictor_backward", "labels_in", "occupancy", "plan", "prune"}
+    of_lattices = {"align", "explain", "gather_predictor", "gather_predictor_backward", "labels_in", "occupancy", "plan", "prune"}
     assert set(check.FUNCTIONS) == public - with_them - of_lattices
 
 

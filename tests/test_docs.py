@@ -19,7 +19,7 @@ import transducer_loss as tl
 from transducer_loss.adapters.torch import TiedReducedDecoder
 
 TREE = Path(__file__).resolve().parents[1]
-PAGES = [TREE / "README.md", *sorted((TREE / "docs").glob("*.md"))]
+PAGES = [TREE / "README.md", *sorted((TREE / "docs").rglob("*.md"))]
 B, T, U, V, H = 2, 12, 5, 20, 6
 
 
@@ -67,20 +67,41 @@ NAMESPACES: dict[str, Callable[[], dict[str, Any]]] = {
     "adapters.tensorflow": _for_tensorflow,
     "adapters.keras": _for_tensorflow,
     "adapters.jax": _for_jax,
-    "import transducer_loss as tl": _arrays,
 }
 
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{i}")
-    for page in PAGES
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-    if ">>>" not in block
-]
+IMPORTS = re.compile(r"^(?:from|import) transducer_loss\b", re.MULTILINE)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_example_runs(block: str) -> None:
-    exec(block, next(make for name, make in NAMESPACES.items() if name in block)())
+def _examples(page: Path) -> list[str]:
+    """Blocks of a page; one that imports nothing of the library goes on where the one before it ended."""
+    examples: list[str] = []
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        if ">>>" in block:
+            continue
+        if IMPORTS.search(block) or not examples:
+            examples.append(block)
+        else:
+            examples[-1] += block
+    return examples
+
+
+EXAMPLES = [pytest.param(text, id=f"{page.stem}-{i}") for page in PAGES for i, text in enumerate(_examples(page))]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_runs(example: str) -> None:
+    exec(example, next((make for name, make in NAMESPACES.items() if name in example), _arrays)())
+
+
+def test_kernels_shown_are_kernels() -> None:
+    blocks = [block for page in PAGES for block in re.findall(r"```cpp\n(.*?)```", page.read_text(), re.DOTALL)]
+    sources = "".join(path.read_text() for path in (TREE / "kernels").glob("*.cu"))
+    assert blocks and all(block in sources for block in blocks)
+
+
+def test_every_public_name_has_an_entry() -> None:
+    entries = re.findall(r"^::: transducer_loss\.(?:\w+\.)?(\w+)$", (TREE / "docs/api/core.md").read_text(), re.MULTILINE)
+    assert set(tl.__all__) <= set(entries)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -89,7 +110,7 @@ def test_doctests(page: Path) -> None:
 
 
 def test_there_are_examples_and_doctests() -> None:
-    assert len(BLOCKS) >= 7
+    assert len(EXAMPLES) >= 16
     finder = doctest.DocTestParser()
     assert sum(len(finder.get_examples(page.read_text())) for page in PAGES) >= 20
 

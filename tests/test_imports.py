@@ -9,7 +9,7 @@ import pytest
 
 from helpers import run_python
 
-FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "cupy")
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "cupy", "matplotlib")
 
 LOADED = f"""
     import json, sys
@@ -18,6 +18,7 @@ LOADED = f"""
 
 EVERY_LOSS = """
     import numpy as np, transducer_loss as tl
+    from transducer_loss import plot
     rng = np.random.default_rng(0)
     encoder, predictor, weight = (rng.normal(size=shape).astype("f") for shape in ((2, 6, 4), (2, 4, 4), (9, 4)))
     integers = rng.integers(1, 9, (2, 3)), [6, 5], [3, 2]

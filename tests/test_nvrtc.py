@@ -23,7 +23,7 @@ def test_compiles_without_spills(file: str, architecture: int) -> None:
 
 
 def test_sources_include_nothing() -> None:
-    # CuPy's cache of compiled kernels knows the source alone, so headers must be in it.
+    # The cache's key is made of the source alone, so headers must be in it.
     for file in FILES:
         assert '.cuh"' not in source_of(file)
 

@@ -10,6 +10,7 @@ from transducer_loss.classes import Classes
 from transducer_loss.costs import Strategy
 from transducer_loss.edit_distance import EditDistance, edit_distance
 from transducer_loss.embr import EmbrGrads, embr_loss
+from transducer_loss.explain import Explanation, explain
 from transducer_loss.joint_loss import Grads, Rows, joint_rnnt_loss
 from transducer_loss.logits_loss import rnnt_loss
 from transducer_loss.output_layer import labels_in
@@ -29,6 +30,7 @@ __all__ = [
     "Classes",
     "EditDistance",
     "EmbrGrads",
+    "Explanation",
     "Grads",
     "Occupancy",
     "Plan",
@@ -42,6 +44,7 @@ __all__ = [
     "amortized_cost",
     "edit_distance",
     "embr_loss",
+    "explain",
     "gather_predictor",
     "gather_predictor_backward",
     "gumbel_gate",

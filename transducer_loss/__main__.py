@@ -1,17 +1,21 @@
-"""The command line: ``python -m transducer_loss info | check | plan``."""
+"""The command line: ``python -m transducer_loss info | check | plan | bench | compile``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from transducer_loss import check, info
+from transducer_loss import check, info, kernel_cache
 from transducer_loss.arrays import FLOATS
+from transducer_loss.benchmarks import report, runner
+from transducer_loss.benchmarks.scenarios import SUITES
 from transducer_loss.planner import DEVICES, plan
 from transducer_loss.table import aligned
 
@@ -129,6 +133,69 @@ def _plan(arguments: argparse.Namespace) -> int:
     return int(cheapest is None)
 
 
+def _compile(arguments: argparse.Namespace) -> int:
+    architectures = arguments.arch or [
+        int(device["compute_capability"].replace(".", "")) for device in info.cuda()["devices"]
+    ]
+    try:
+        if not architectures:
+            raise ValueError("arch: expected one, as --arch 90, on a machine without a GPU, got none")
+        filled = kernel_cache.fill(
+            architectures, arguments.dtype or FLOATS,
+            progress=lambda what: print(f"compiling {what}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = info.cuda()["reason"] if isinstance(error, ImportError) else error
+        print(f"python -m transducer_loss compile: {reason}", file=sys.stderr)
+        return 2
+    folder = str(kernel_cache.directory().absolute())
+    if arguments.json:
+        _print_json({"directory": folder, "architectures": [dataclasses.asdict(each) for each in filled]})
+        return 0
+    _show(
+        ["GPUs", "kernels", "compiled now", "size", "seconds"],
+        [
+            [f"sm_{of.architecture}", str(of.kernels), str(of.compiled), f"{of.bytes / 2**20:.1f} MiB", f"{of.seconds:.1f}"]
+            for of in filled
+        ],
+    )  # fmt: skip
+    print(f"in {folder}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int], None]]:
+    """Show on stderr what comes next of how many: by a bar in a terminal that has rich, else line by line."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda what, total: print(what, file=sys.stderr, flush=True)
+        return
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", completed=-1)
+        yield lambda what, total: bar.update(task, advance=1, total=total, description=what)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torch") is None:
+        print("python -m transducer_loss bench: expected PyTorch, by which all implementations are measured", file=sys.stderr)
+        return 2
+    with _progress() as advance:
+        results = runner.run(
+            arguments.suite, arguments.device, scenarios=arguments.scenario or (), rounds=arguments.rounds, advance=advance,
+            peers=arguments.implementation or runner.NAMES,
+        )  # fmt: skip
+    if arguments.json:
+        _print_json(results)
+    else:
+        _show(report.COLUMNS, report.rows(results))
+        print(report.described(results))
+        for name, reason in results["absent"].items():
+            print(f"absent: {name} ({reason})")
+    return int(any("failed" in row and row["implementation"].startswith(report.OURS) for row in results["rows"]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -164,7 +231,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     estimate.add_argument("--memory", help="what the device has for the loss, as 16GiB")
     estimate.add_argument("--s-range", type=int, default=5, help="labels per frame of the pruned strategies (default: 5)")
     estimate.add_argument("--samples", type=int, default=1000, help="negatives of the sampled strategies (default: 1000)")
-    for command in (about, compare, estimate):
+    prepare = commands.add_parser("compile", help="fill the cache of CUDA kernels, for GPUs that need not be here")
+    prepare.set_defaults(run=_compile)
+    prepare.add_argument(
+        "--arch", type=int, nargs="+", action="extend", help="90 for compute capability 9.0; by default that of the GPUs here"
+    )
+    prepare.add_argument("--dtype", action="append", choices=FLOATS, help="only for inputs of this; may be repeated")
+    race = commands.add_parser("bench", help="every loss beside installed peers and the machine's floor")
+    race.set_defaults(run=_bench)
+    race.add_argument("--suite", choices=SUITES, default="cpu", help="of scenarios (default: cpu)")
+    race.add_argument("--device", choices=DEVICES, default="cpu", help="where (default: cpu)")
+    race.add_argument("--scenario", action="append", help="only those whose names begin so; may be repeated")
+    race.add_argument("--implementation", action="append", choices=runner.NAMES, help="only this; may be repeated")
+    race.add_argument("--rounds", type=int, default=runner.ROUNDS, help="processes that time each (default: %(default)s)")
+    for command in (about, compare, estimate, prepare, race):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

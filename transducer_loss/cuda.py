@@ -1,17 +1,16 @@
-"""The CUDA processor: the kernels by NVRTC, matrix products by cuBLAS, both through CuPy."""
+"""The CUDA processor: kernels of the cache or NVRTC, matrix products of cuBLAS, both through CuPy."""
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any
 
 import cupy
 import numpy as np
 
 from transducer_loss.arrays import numpy_dtype
+from transducer_loss.kernel_cache import code_of, file_of, source_of
 from transducer_loss.processors import Allocate, OnCuda, address_of
 
 # cudaDataType_t, in which cuBLAS names its operands.
@@ -26,33 +25,12 @@ _MOST_THREADS = 512
 
 
 @functools.cache
-def source_of(file: str) -> str:
-    """A kernel file with its headers spliced in: CuPy's cache of compiled kernels does not look into included files."""
-    seen: set[str] = set()
-
-    def spliced(name: str) -> str:
-        if name in seen:
-            return ""
-        seen.add(name)
-        text = (resources.files("transducer_loss.kernels") / name).read_text()
-        text = text.replace("#pragma once\n", "")
-        return re.sub(r'#include "(\w+\.cuh)"\n', lambda match: spliced(match[1]), text)
-
-    return spliced(file)
-
-
-@functools.cache
-def file_of(kernel: str) -> str:
-    """The file of a kernel: its name begins with the file's."""
-    files = [file.name for file in resources.files("transducer_loss.kernels").iterdir() if file.name.endswith(".cu")]
-    return max((file for file in files if kernel.startswith(file.removesuffix(".cu") + "_")), key=len)
-
-
-@functools.cache
 def _kernel(name: str, device: int) -> Any:
-    """The instance `name`, say ``softmax_forward<float32>``."""
-    module = cupy.RawModule(code=source_of(file_of(name)), options=("-std=c++17",), name_expressions=[name])
-    return module.get_function(name)
+    """The instance `name`, say ``softmax_forward<float32>``, in the context of the current device, which is `device`."""
+    code = code_of(name, source_of(file_of(name)), int(cupy.cuda.Device(device).compute_capability))
+    module = cupy.cuda.Module()
+    module.load(code.image)
+    return module.get_function(code.symbol)
 
 
 class Cuda(OnCuda):

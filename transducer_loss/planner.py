@@ -54,7 +54,7 @@ class Plan:
     @property
     def title(self) -> str:
         """The sizes, in one line."""
-        memory = "" if self.device_memory is None else f" of {_bytes(self.device_memory)}"
+        memory = "" if self.device_memory is None else f" of {readable(self.device_memory)}"
         return f"B={self.B} T={self.T} U={self.U} V={self.V} H={self.H} {self.dtype}, {self.device}{memory}"
 
     @property
@@ -64,8 +64,8 @@ class Plan:
         return columns, [
             [
                 each.name, "exact" if each.exact else "approximate", _scaled(each.flops, 1000, _FLOPS),
-                "" if each.workspace is None else _bytes(each.workspace),
-                *map(_bytes, (each.bytes, each.inputs, each.gradients, each.temporary)),
+                "" if each.workspace is None else readable(each.workspace),
+                *map(readable, (each.bytes, each.inputs, each.gradients, each.temporary)),
                 "" if each.fits is None else "yes" if each.fits else "no",
             ]
             for each in self.strategies
@@ -93,7 +93,8 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
 
 
-def _bytes(count: int) -> str:
+def readable(count: int) -> str:
+    """Bytes for people, as 1.5 GiB."""
     return _scaled(count, 1024, _UNITS)
 
 

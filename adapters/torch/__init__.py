@@ -26,6 +26,7 @@ from transducer_loss.adapters.torch.pruned import PrunedLosses, PrunedRNNTLoss, 
 from transducer_loss.adapters.torch.sampled import labels_in, sample_classes
 from transducer_loss.adapters.torch.samplewise import SamplewiseRNNTLoss, samplewise_rnnt_loss
 from transducer_loss.adapters.torch.tied_reduced import TiedReducedDecoder, reduced_predictor
+from transducer_loss.adapters.torch.workspace import auto_workspace, reset_auto_workspace
 from transducer_loss.band import Band
 from transducer_loss.classes import Classes
 from transducer_loss.edit_distance import EditDistance
@@ -45,6 +46,7 @@ __all__ = [
     "TiedReducedDecoder",
     "amortized_backlog",
     "amortized_cost",
+    "auto_workspace",
     "beam_search",
     "edit_distance",
     "embr_loss",
@@ -55,6 +57,7 @@ __all__ = [
     "labels_in",
     "prune",
     "reduced_predictor",
+    "reset_auto_workspace",
     "rnnt_loss",
     "sample_classes",
     "samplewise_rnnt_loss",

@@ -88,7 +88,11 @@ def joint_rnnt_loss(
         their gradients. Everything else is to be the same in every process; loss and gradients of encoder and predictor
         are. The processes tell each other their numbers of rows in every call, unless a `Shard` knows them, and take the seed
         of the first.
-    activation, dropout, workspace, occupancy_floor and the others
+    workspace : int or str, optional
+        Bytes, as of `transducer_loss.joint_rnnt_loss`, or "auto": on a CUDA device a quarter of the memory that is free at the
+        first such call, rounded down to a power of two, from 256 MiB to 8 GiB, and the same from then on (`auto_workspace`
+        tells it, `reset_auto_workspace` lets go of it); on the CPU 256 MiB. Not with `process_group`.
+    activation, dropout, occupancy_floor and the others
         As of `transducer_loss.joint_rnnt_loss`.
 
     Returns
@@ -115,6 +119,10 @@ def joint_rnnt_loss(
         workspace = str(workspace)
     drawn, parallel = seed_tensor(seed if dropout else seed or 0), {}
     if process_group is not None:
+        if workspace == "auto":
+            raise ValueError(
+                "workspace: expected bytes, the same in every process of process_group, got 'auto', which may differ in each"
+            )
         parallel["shard"], drawn = shard_of(process_group, weight.shape[0], drawn, encoder.device)
     options = {
         "activation": activation, "blank": blank, "topology": topology, "dropout": dropout, "sparse": sparse,

@@ -21,6 +21,7 @@ from transducer_loss.adapters.torch.operators import (
     plain,
     tensor_of,
 )
+from transducer_loss.adapters.torch.workspace import resolved
 from transducer_loss.arrays import as_array
 from transducer_loss.tiling import Problem
 
@@ -35,6 +36,8 @@ def _problem(
     encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, frames: Tensor, labels: Tensor,
     index: Tensor | None, seed: Tensor, band: list[Tensor], classes: list[Tensor], described: list[int], **options: Any,
 ) -> Problem:  # fmt: skip
+    # Here, where a compiled graph does not see it.
+    options["workspace"] = resolved(options["workspace"], encoder.device)
     return joint_loss.problem(
         encoder, predictor, weight, bias, targets, frames, labels, encoder_index=index, seed=int(seed), band=band_of(band),
         classes=classes_of(classes, described), **options, **core_arguments(encoder),

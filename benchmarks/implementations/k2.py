@@ -1,0 +1,22 @@
+"""k2, whose losses fast_rnnt has, too, under the same names."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor
+
+from transducer_loss.benchmarks.implementations import Case, exact_tasks
+from transducer_loss.benchmarks.implementations.fast_rnnt import _boundary
+
+NAME = "k2"
+NEEDS = ("k2",)
+
+
+def loss(case: Case, logits: Tensor) -> Tensor:
+    """Of logits."""
+    wanted: Tensor = importlib.import_module("k2").rnnt_loss(logits, case.targets, 0, boundary=_boundary(case), reduction="sum")
+    return wanted
+
+
+TASKS = exact_tasks(loss)

@@ -1,0 +1,120 @@
+"""Tables and plots of what the runner measured; the README's table is made here.
+
+``python -m transducer_loss.benchmarks.report RESULTS.json [--readme README.md] [--plots FOLDER]`` prints the table, puts it
+between the marks of that file, and draws the plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+MARKS = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+COLUMNS = (
+    "scenario", "implementation", "time, s", "10 % to 90 %", "x floor", "x ours", "extra memory, MB", "loss error",
+    "gradient error",
+)  # fmt: skip
+OURS = "transducer_loss"
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table: of each scenario the fastest first, those without a time last."""
+    scenarios = dict.fromkeys(row["scenario"] for row in results["rows"])
+    shown = []
+    for scenario in scenarios:
+        of_it = [row for row in results["rows"] if row["scenario"] == scenario]
+        ours = next((row.get("median") for row in of_it if row["implementation"] == OURS), None)
+        for row in sorted(of_it, key=lambda row: row.get("median", float("inf"))):
+            if "failed" in row:
+                shown.append([scenario, row["implementation"], row["failed"], *[""] * (len(COLUMNS) - 3)])
+                continue
+            shown.append([
+                scenario, row["implementation"], f"{row['median']:.3g}", f"{row['p10']:.3g} to {row['p90']:.3g}",
+                f"{row['median'] / row['floor']:.2f}", f"{row['median'] / ours:.2f}" if ours else "",
+                f"{(row['peak'] - row['results']) / 1e6:.0f}", f"{row['loss_error']:.0e}", f"{row['gradient_error']:.0e}",
+            ])  # fmt: skip
+    return shown
+
+
+def described(results: dict[str, Any]) -> str:
+    """One sentence on machine, date and versions."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
+    return f"{machine['processors']} threads of {machine['processor']}, {machine['date']}; {versions}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table for a page."""
+    lines = [f"On {described(results)}.", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows(results)]
+    if results["absent"]:
+        lines += ["", "Not importable there: " + ", ".join(sorted(results["absent"])) + "."]
+    return "\n".join(lines)
+
+
+def between_marks(page: str, table: str) -> str:
+    """Put a table between the marks of a page.
+
+    Raises
+    ------
+    ValueError
+        Where the page lacks a mark.
+    """
+    begin, end = MARKS
+    if begin not in page or end not in page:
+        raise ValueError(f"page: expected the marks {begin} and {end}")
+    return page[: page.index(begin) + len(begin)] + f"\n{table}\n" + page[page.index(end) :]
+
+
+def growth(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw time and memory over each size of the suite ``growth``, in logarithms, with the floor beside the time."""
+    from matplotlib.figure import Figure
+
+    names = ("B", "T", "U", "V")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplots(2, len(names), sharey="row")
+    for column, name in enumerate(names):
+        for implementation in dict.fromkeys(row["implementation"] for row in results["rows"]):
+            points = sorted(
+                (row["B T U V H"][column], row)
+                for row in results["rows"]
+                if row["scenario"].startswith(f"joint, {name}=") and row["implementation"] == implementation and "median" in row
+            )
+            sizes = [size for size, _ in points]
+            axes[0, column].loglog(sizes, [row["median"] for _, row in points], "o-", label=implementation)
+            axes[1, column].loglog(sizes, [max(row["peak"] - row["results"], 1) / 1e6 for _, row in points], "o-")
+            if implementation == OURS:
+                axes[0, column].loglog(sizes, [row["floor"] for _, row in points], "k:", label="floor")
+        axes[1, column].set_xlabel(name)
+        for each in axes[:, column]:
+            each.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            each.minorticks_off()
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("extra memory, MB")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "growth.png"
+    figure.savefig(path, dpi=150)
+    return [path]
+
+
+def main() -> None:
+    """Print a table of results."""
+    parser = argparse.ArgumentParser(prog="python -m transducer_loss.benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, help="page whose marks are to hold the table")
+    parser.add_argument("--plots", type=Path, help="folder of the plots of a suite of growth")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    table = markdown(results)
+    print(table)
+    if arguments.readme:
+        arguments.readme.write_text(between_marks(arguments.readme.read_text(), table))
+    if arguments.plots:
+        growth(results, arguments.plots)
+
+
+if __name__ == "__main__":
+    main()
