@@ -176,7 +176,8 @@ def _on_a_gpu() -> Iterable[Scenario]:
         yield Scenario(f"nbest, N=8, {dtype}", "nbest", *full(64, 400, 50), 500, 512, dtype, hypotheses=8)
     for name, lengths in zip(("shortest", "longest"), (sorted_batches(2000, 10_000)[i] for i in (0, -2)), strict=True):
         yield Scenario(f"joint, sorted by length, {name}", "joint", *lengths, 500, 512)
-    yield Scenario("samplewise, B=1024, 40 s", "samplewise", *full(1024, 1000, 200), 4096, 640, "bfloat16")
+    yield Scenario("samplewise, B=64", "samplewise", *full(64, 400, 80), 4096, 640, "bfloat16")
+    yield Scenario("joint, B=1024, 40 s", "joint", *full(1024, 1000, 200), 4096, 640, "bfloat16")
 
 
 def _growing() -> Iterable[Scenario]:

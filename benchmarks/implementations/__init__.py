@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from transducer_loss.benchmarks.scenarios import Scenario, inputs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NAMES = (
@@ -44,9 +45,9 @@ class Case:
         leaves = {name: torch.from_numpy(array).to(device, dtype).requires_grad_() for name, array in drawn.floats.items()}
         return cls(scenario, leaves, torch.from_numpy(drawn.targets).to(device), drawn.frames, drawn.labels)
 
-    def in_float64(self) -> Case:
-        """The same numbers as they are after rounding to the dtype, in float64."""
-        leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in self.leaves.items()}
+    def exact(self, dtype: torch.dtype) -> Case:
+        """The same numbers as they are after rounding to the scenario's dtype, in a wider one."""
+        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
         return Case(self.scenario, leaves, self.targets, self.frames, self.labels)
 
     def lengths(self) -> tuple[Tensor, Tensor]:
