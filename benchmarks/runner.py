@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ def measured(what: str, suite: str, scenario: Scenario, implementation: str, dev
     except subprocess.TimeoutExpired:
         return {"failed": f"not done in {SECONDS} s"}
     if done.returncode:
-        said = done.stderr.strip().splitlines()
+        # PyTorch writes the frames of C++ below the error.
+        said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return {"failed": said[-1][:300] if said else f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

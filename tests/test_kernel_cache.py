@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import subprocess
@@ -149,26 +148,27 @@ def _codes(number: int) -> Code:
     return Code(f"kernel{number}", bytes([number]) * 300_000)
 
 
-def _write_often(path: Path, number: int) -> None:
-    for _ in range(60):
-        write(path, _codes(number))
+WRITER = """
+import sys
+from pathlib import Path
+from transducer_loss.kernel_cache import Code, write
+
+number = int(sys.argv[2])
+for _ in range(60):
+    write(Path(sys.argv[1]), Code(f"kernel{number}", bytes([number]) * 300_000))
+"""
 
 
 def test_ranks_that_write_at_the_same_moment(folder: Path) -> None:
     """A reader beside them sees one whole file or another."""
     path, known = folder / "kernel", {_codes(number) for number in range(3)}
     write(path, _codes(0))
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_write_often, args=(path, number)) for number in range(3)]
-    for rank in ranks:
-        rank.start()
+    ranks = [subprocess.Popen([sys.executable, "-c", WRITER, path, str(number)]) for number in range(3)]
     seen = 0
-    while any(rank.is_alive() for rank in ranks):
+    while any(rank.poll() is None for rank in ranks):
         assert read(path) in known
         seen += 1
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert seen > 1
     assert read(path) in known
     assert [file.name for file in folder.iterdir()] == ["kernel"]
