@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from transducer_loss.benchmarks.scenarios import S_RANGE, SAMPLES, Scenario
+from transducer_loss.benchmarks.scenarios import S_RANGE, Scenario
 
 COPIED_BYTES = 1 << 28
 MOST_ROWS = 1 << 16  # of the products that are timed: enough for a rate, small enough for any memory
@@ -40,15 +40,14 @@ def work(scenario: Scenario) -> Work:
         operations = 6 * (kept * features + rows * features + scenario.cells) * classes
         return Work(operations, classes, 3 * size * rows * (features + classes))
     if scenario.task == "sampled":
-        classes = min(classes, min(SAMPLES, classes // 8) + sum(scenario.labels) + 1)
+        classes = min(classes, scenario.samples + sum(scenario.labels) + 1)
     return Work(6 * scenario.cells * classes * features, classes, 2 * size * (rows + 2 * classes) * features)
 
 
-def products(scenario: Scenario, classes: int, device: str) -> tuple[Callable[[], None], int]:
-    """The three products of a joint network's cells, or of as many as fit; and their floating-point operations."""
-    rows, dtype = min(scenario.cells, MOST_ROWS), getattr(torch, scenario.dtype)
-    hidden, weight = (torch.randn(n, scenario.features, dtype=dtype, device=device) for n in (rows, classes))
-    logits = torch.empty(rows, classes, dtype=dtype, device=device)
+def three_products(cells: int, classes: int, features: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """What no exact loss with a gradient of every cell does without: logits, and the gradients of hidden and weight."""
+    hidden, weight = (torch.randn(n, features, dtype=dtype, device=device) for n in (cells, classes))
+    logits = torch.empty(cells, classes, dtype=dtype, device=device)
     hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
 
     def run() -> None:
@@ -56,6 +55,13 @@ def products(scenario: Scenario, classes: int, device: str) -> tuple[Callable[[]
         torch.mm(logits, weight, out=hidden_gradient)
         torch.mm(logits.T, hidden, out=weight_gradient)
 
+    return run
+
+
+def products(scenario: Scenario, classes: int, device: str) -> tuple[Callable[[], None], int]:
+    """The three products of a scenario's cells, or of as many as fit; and their floating-point operations."""
+    rows = min(scenario.cells, MOST_ROWS)
+    run = three_products(rows, classes, scenario.features, getattr(torch, scenario.dtype), device)
     return run, 6 * rows * classes * scenario.features
 
 

@@ -34,6 +34,7 @@ from transducer_loss.adapters.torch import (
     rnnt_loss,
     sample_classes,
 )
+from transducer_loss.benchmarks import floors
 from transducer_loss.benchmarks.scenarios import random_case, trained_case
 
 Shape = tuple[int, int, int, int, int]
@@ -278,22 +279,6 @@ def _time(work: Callable[[], Any], device: str) -> dict[str, Any]:
     return {"median_ms": median, "p10_ms": low, "p90_ms": high, "least_ms": min(times), "runs": len(times), "peak": peak}
 
 
-def _three_products(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """What no exact loss with a gradient of every cell does without: logits, and the gradients of hidden and weight."""
-    batch, frames, labels, classes, features = shape
-    cells = batch * frames * (labels + 1)
-    hidden, weight = (torch.randn(n, features, dtype=dtype, device=device) for n in (cells, classes))
-    logits = torch.empty(cells, classes, dtype=dtype, device=device)
-    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=hidden_gradient)
-        torch.mm(logits.T, hidden, out=weight_gradient)
-
-    return run
-
-
 def _torchaudio(shape: Shape, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     peer = importlib.import_module("torchaudio.functional").rnnt_loss
     batch, frames, labels, classes, _ = shape
@@ -312,7 +297,9 @@ def _works(shape: Shape, dtype: torch.dtype, device: str) -> Iterator[tuple[str,
     def logits() -> Callable[[], Any]:
         return functools.partial(_step, rnnt_loss, [_logits(shape, dtype, device)], *random_case(*shape)[4:])
 
-    yield "three products", functools.partial(_three_products, shape, dtype, device)
+    batch, frames, labels, classes, features = shape
+    cells = batch * frames * (labels + 1)
+    yield "three products", functools.partial(floors.three_products, cells, classes, features, dtype, device)
     yield "joint_rnnt_loss, every cell", functools.partial(joint, random_case, occupancy_floor=0.0)
     yield "joint_rnnt_loss, random", functools.partial(joint, random_case)
     yield "joint_rnnt_loss, as trained", functools.partial(joint, trained_case)

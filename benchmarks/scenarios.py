@@ -51,6 +51,11 @@ class Scenario:
         return len(self.frames)
 
     @property
+    def samples(self) -> int:
+        """Negatives of ``sampled``."""
+        return min(SAMPLES, self.classes // 8)
+
+    @property
     def cells(self) -> int:
         """Cells of all lattices, without padding."""
         return sum(t * (u + 1) for t, u in zip(self.frames, self.labels, strict=True))

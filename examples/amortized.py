@@ -130,7 +130,6 @@ class AmortizedEncoder(Encoder):
         self.layers = nn.ModuleList(SwitchedGRU(layer, branches, share) for layer in self.layers)
         arbitrator = (nn.Linear(width, ARBITRATOR_WIDTH), nn.ReLU(), nn.Linear(ARBITRATOR_WIDTH, len(branches)))
         self.arbitrator = nn.Sequential(*arbitrator) if arbitrated and len(branches) > 1 else None
-        self.count = len(branches)
         # Of a frame in each branch, by that of the trained encoder; the arbitrator and what is not switched are counted in all.
         switched = [module.branches for module in self.modules() if isinstance(module, Switched)]
         each = [sum(multiply_adds(layers[k]) for layers in switched) for k in range(len(branches))]
@@ -138,7 +137,7 @@ class AmortizedEncoder(Encoder):
 
     def preferences(self, x: Tensor) -> Tensor:
         """Logits (B, T, K) of the branches, from low-level features (B, T, H)."""
-        return self.arbitrator(x) if self.arbitrator else x.new_zeros(*x.shape[:2], self.count)
+        return self.arbitrator(x) if self.arbitrator else x.new_zeros(*x.shape[:2], len(self.costs))
 
     def choose(self, x: Tensor) -> Tensor:
         """Hard gates (B, T, K) of an encoder in use: without noise, or by chance where there is no arbitrator."""

@@ -50,6 +50,11 @@ class Case:
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
         return Case(self.scenario, leaves, self.targets, self.frames, self.labels)
 
+    @property
+    def integers(self) -> tuple[Tensor, list[int], list[int]]:
+        """As this library's losses take them."""
+        return self.targets, self.frames, self.labels
+
     def lengths(self) -> tuple[Tensor, Tensor]:
         """Frames and labels as int32 tensors beside the leaves."""
         import torch

@@ -15,7 +15,7 @@ def _nbest(case: Case) -> Step:
     def loss() -> Tensor:
         encoder = case.leaves["encoder"].repeat_interleave(case.scenario.hypotheses, 0)
         layer = case.leaves["predictor"], case.leaves["weight"], case.leaves["bias"]
-        return joint_rnnt_loss(encoder, *layer, case.targets, case.frames, case.labels, reduction="sum")
+        return joint_rnnt_loss(encoder, *layer, *case.integers, reduction="sum")
 
     return differentiated(case, loss)
 

@@ -14,7 +14,8 @@ NAME = "fast_rnnt"
 NEEDS = ("fast_rnnt",)
 
 
-def _boundary(case: Case) -> Tensor:
+def boundary_of(case: Case) -> Tensor:
+    """Labels and frames of every utterance, as k2 wants them, too."""
     lengths = [[0, 0, labels, frames] for frames, labels in zip(case.frames, case.labels, strict=True)]
     return torch.tensor(lengths, dtype=torch.int64, device=case.targets.device)
 
@@ -22,14 +23,14 @@ def _boundary(case: Case) -> Tensor:
 def loss(case: Case, logits: Tensor) -> Tensor:
     """Of logits."""
     module = importlib.import_module("fast_rnnt")
-    wanted: Tensor = module.rnnt_loss(logits, case.targets, 0, boundary=_boundary(case), reduction="sum")
+    wanted: Tensor = module.rnnt_loss(logits, case.targets, 0, boundary=boundary_of(case), reduction="sum")
     return wanted
 
 
 def pruned(case: Case) -> Step:
     """Simple loss, ranges, pruned loss."""
     module = importlib.import_module("fast_rnnt")
-    boundary, leaves = _boundary(case), case.leaves
+    boundary, leaves = boundary_of(case), case.leaves
 
     def both() -> Tensor:
         am = leaves["encoder"] @ leaves["simple_encoder_weight"].T

@@ -16,7 +16,7 @@ from transducer_loss.adapters.torch import (
     simple_rnnt_loss,
 )
 from transducer_loss.benchmarks.implementations import Case, Step, differentiated
-from transducer_loss.benchmarks.scenarios import S_RANGE, SAMPLES
+from transducer_loss.benchmarks.scenarios import S_RANGE
 
 NAME = "transducer_loss"
 NEEDS: tuple[str, ...] = ()
@@ -29,12 +29,10 @@ def tasks(**options: Any) -> dict[str, Any]:
         return case.leaves["encoder"], case.leaves["predictor"], case.leaves["weight"], case.leaves["bias"]
 
     def logits(case: Case) -> Step:
-        lengths = case.targets, case.frames, case.labels
-        return differentiated(case, lambda: rnnt_loss(case.leaves["logits"], *lengths, reduction="sum"))
+        return differentiated(case, lambda: rnnt_loss(case.leaves["logits"], *case.integers, reduction="sum"))
 
     def joint(case: Case) -> Step:
-        lengths = case.targets, case.frames, case.labels
-        return differentiated(case, lambda: joint_rnnt_loss(*layer(case), *lengths, reduction="sum", **options))
+        return differentiated(case, lambda: joint_rnnt_loss(*layer(case), *case.integers, reduction="sum", **options))
 
     def nbest(case: Case) -> Step:
         every = case.scenario.hypotheses
@@ -45,25 +43,22 @@ def tasks(**options: Any) -> dict[str, Any]:
         )
 
     def pruned(case: Case) -> Step:
-        lengths = case.targets, case.frames, case.labels
-
         def loss() -> Tensor:
             am = case.leaves["encoder"] @ case.leaves["simple_encoder_weight"].T
             lm = case.leaves["predictor"] @ case.leaves["simple_predictor_weight"].T
-            simple, occupancy = simple_rnnt_loss(am, lm, *lengths, lm_only_scale=0.25, reduction="sum")
+            simple, occupancy = simple_rnnt_loss(am, lm, *case.integers, lm_only_scale=0.25, reduction="sum")
             band = prune(occupancy, case.frames, case.labels, s_range=S_RANGE)
-            return simple + joint_rnnt_loss(*layer(case), *lengths, band=band, reduction="sum", **options)
+            return simple + joint_rnnt_loss(*layer(case), *case.integers, band=band, reduction="sum", **options)
 
         return differentiated(case, loss)
 
     def sampled(case: Case) -> Step:
         def loss() -> Tensor:
-            lengths, vocabulary = (case.targets, case.frames, case.labels), case.scenario.classes
-            samples = min(SAMPLES, vocabulary // 8)
             classes = sample_classes(
-                case.targets, case.labels, vocab_size=vocabulary, num_samples=samples, correction=True, seed=1
-            )
-            return joint_rnnt_loss(*layer(case), *lengths, classes=classes, reduction="sum", **options)
+                case.targets, case.labels, vocab_size=case.scenario.classes, num_samples=case.scenario.samples, correction=True,
+                seed=1,
+            )  # fmt: skip
+            return joint_rnnt_loss(*layer(case), *case.integers, classes=classes, reduction="sum", **options)
 
         return differentiated(case, loss)
 
@@ -72,9 +67,8 @@ def tasks(**options: Any) -> dict[str, Any]:
             return torch.nn.functional.linear(torch.tanh(encoder + predictor), case.leaves["weight"], case.leaves["bias"])
 
         def loss() -> Tensor:
-            encoder, predictor, *parameters = layer(case)
-            lengths = case.targets, case.frames, case.labels
-            return samplewise_rnnt_loss(joint_network, encoder, predictor, *lengths, parameters=parameters, reduction="sum")
+            encoder, predictor, *own = layer(case)
+            return samplewise_rnnt_loss(joint_network, encoder, predictor, *case.integers, parameters=own, reduction="sum")
 
         return differentiated(case, loss)
 

@@ -7,7 +7,7 @@ import importlib
 from torch import Tensor
 
 from transducer_loss.benchmarks.implementations import Case, exact_tasks
-from transducer_loss.benchmarks.implementations.fast_rnnt import _boundary
+from transducer_loss.benchmarks.implementations.fast_rnnt import boundary_of
 
 NAME = "k2"
 NEEDS = ("k2",)
@@ -15,7 +15,8 @@ NEEDS = ("k2",)
 
 def loss(case: Case, logits: Tensor) -> Tensor:
     """Of logits."""
-    wanted: Tensor = importlib.import_module("k2").rnnt_loss(logits, case.targets, 0, boundary=_boundary(case), reduction="sum")
+    module = importlib.import_module("k2")
+    wanted: Tensor = module.rnnt_loss(logits, case.targets, 0, boundary=boundary_of(case), reduction="sum")
     return wanted
 
 
