@@ -189,7 +189,6 @@ DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 DEVICE float error_function(float x) { return erff(x); }
 DEVICE double error_function(double x) { return erf(x); }
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 #else
 // No branch and no call, so that GCC and Clang vectorise it without -ffast-math, which would break infinities.
 DEVICE float exponential(float x) {
@@ -212,8 +211,16 @@ DEVICE float hyperbolic_tangent(float x) {
 DEVICE double hyperbolic_tangent(double x) { return __builtin_tanh(x); }
 DEVICE float error_function(float x) { return __builtin_erff(x); }
 DEVICE double error_function(double x) { return __builtin_erf(x); }
-DEVICE void prefetch(const void*) {}
 #endif
+
+// Begins to load the row that comes after the one at work. A core of the host sees no further than the arithmetic of one
+// row, and its own prefetching stops at every page; on a GPU other blocks fill the time.
+template <typename T> DEVICE void prefetch_row(const T* row, long long elements) {
+#if defined(HOST)
+    const long long bytes = elements * (long long)sizeof(T), most = 4096;
+    for (long long at = 0; at < (bytes < most ? bytes : most); at += 64) __builtin_prefetch((const char*)row + at);
+#endif
+}
 
 // Of several blocks or threads: sums of integers are the same in any order, and so is what all write alike.
 DEVICE void add_atomically(unsigned long long* sum, unsigned long long value) {

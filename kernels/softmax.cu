@@ -153,6 +153,7 @@ KERNEL softmax_forward(long long n, long long begin, const Utterance* utterances
         T* start = packed ? logits + i * by_label
                           : logits + of.index * by_utterance + at.frame * by_frame +
                                 (at.label - first_label(of, spans, at.frame)) * by_label;
+        if (by_class == 1) prefetch_row(start + by_label, classes);
         const auto work = [&](auto row) {
             arcs_of_row(row, classes, in_shard(blank, first_class, classes), in_shard(target, first_class, classes),
                         (int)distribution, keep != 0, log_blank + cell, log_label + cell, normaliser + cell,
@@ -314,6 +315,7 @@ KERNEL softmax_backward_logits(long long n, const Utterance* utterances, long lo
         };
         const bool bounded = clamp < infinity<double>();
         if (by_class == 1 && out_by_class == 1) {
+            prefetch_row(in + by_label, classes);
             const Row<true, false, const T> in_row{in, 1, nullptr};
             const Row<true, false, T> out_row{out, 1, nullptr};
             if (bounded) work(in_row, out_row, clamped);

@@ -3,10 +3,10 @@
 import itertools
 import json
 import math
+import mmap
 
 import numpy as np
 import pytest
-import torch
 
 from transducer_loss.benchmarks import floors, implementations, measuring, report, runner, scenarios
 from transducer_loss.benchmarks.scenarios import SUITES, Scenario, full, named
@@ -105,8 +105,8 @@ def test_hypotheses_of_an_utterance_have_its_encoder_once():
 
 
 def test_the_peak_of_a_call():
-    with measuring.Peak("cpu") as peak:
-        torch.ones(30_000_000, dtype=torch.uint8)
+    with measuring.Peak("cpu") as peak, mmap.mmap(-1, 30_000_000) as memory:  # an allocator may have some left over
+        memory[::4096] = bytes(len(memory[::4096]))
     assert 29e6 <= peak.bytes < 60e6  # the system counts by some dozens of pages
     with measuring.Peak("cpu") as peak:
         pass
@@ -124,7 +124,7 @@ def test_a_run_beside_a_peer():
     for row in results["rows"]:
         assert 0 < row["p10"] <= row["median"] <= row["p90"]
         assert row["floor"] > 0
-        assert row["runs"] >= measuring.LEAST_REPEATS
+        assert 1 <= row["runs"] <= measuring.REPEATS
         assert row["gradient_error"] < 1e-5
     assert [row["scenario"] for row in json.loads(json.dumps(results))["rows"]] == ["joint, tiny"] * 2
     table = report.rows(results)
