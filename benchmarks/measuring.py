@@ -95,14 +95,17 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def checked(case: Case, step: Callable[[], Result], device: str) -> dict[str, Any]:
     """Peak memory of a step, its results included, and how far these are from those in a wider dtype."""
     step()
+    begun = time.perf_counter()
     with Peak(device) as peak:
         loss, gradients = step()
+    took = time.perf_counter() - begun
     task = "joint" if case.scenario.task == "samplewise" else case.scenario.task
     exact = load("fused" if task == "logits" else "every_cell")
     dtype = torch.float64 if floors.work(case.scenario).operations <= MOST_OPERATIONS else torch.float32
     wanted, wanted_gradients = exact.TASKS[task](case.exact(dtype))()
     return {
         "compared_with": str(dtype).removeprefix("torch."),
+        "took": took,
         "peak": peak.bytes,
         "results": sum(each.numel() * each.element_size() for each in gradients.values()),
         "loss_error": relative(loss, wanted),

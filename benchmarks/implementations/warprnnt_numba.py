@@ -10,10 +10,13 @@ from transducer_loss.benchmarks.implementations import Case, exact_tasks
 
 NAME = "warprnnt_numba"
 NEEDS = ("numba", "warprnnt_numba")
+MOST_ON_HOST = 40_000_000  # logits: they take 20 seconds, a hundred times as long as others
 
 
 def loss(case: Case, logits: Tensor) -> Tensor:
     """Of logits."""
+    if not logits.is_cuda and logits.numel() > MOST_ON_HOST:
+        raise RuntimeError(f"left out: its loops on the host would take minutes for {logits.numel() / 1e6:.0f} million logits")
     frames, labels = case.lengths()
     criterion = importlib.import_module("warprnnt_numba").RNNTLossNumba(blank=0, reduction="sum")
     # On the host it takes logarithms of probabilities.
