@@ -1,7 +1,7 @@
 """Tables and plots of what the runner measured; the README's table is made here.
 
-``python -m transducer_loss.benchmarks.report RESULTS.json [--readme README.md] [--plots FOLDER]`` prints the table, puts it
-between the marks of that file, and draws the plots.
+``python -m transducer_loss.benchmarks.report RESULTS.json [--readme README.md] [--plots FOLDER]`` prints the table, puts a
+short one between the marks of that file, and draws the plots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             shown.append([
                 scenario, row["implementation"], f"{row['median']:.3g}", f"{row['p10']:.3g} to {row['p90']:.3g}",
                 f"{row['median'] / row['floor']:.2f}", f"{row['median'] / ours:.2f}" if ours else "",
-                f"{(row['peak'] - row['results']) / 1e6:.0f}", f"{row['loss_error']:.0e}", f"{row['gradient_error']:.0e}",
+                extra(row), f"{row['loss_error']:.0e}", f"{row['gradient_error']:.0e}",
             ])  # fmt: skip
     return shown
 
@@ -49,9 +49,43 @@ def markdown(results: dict[str, Any]) -> str:
     """The table for a page."""
     lines = [f"On {described(results)}.", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells) + " |" for cells in rows(results)]
-    if results["absent"]:
-        lines += ["", "Not importable there: " + ", ".join(sorted(results["absent"])) + "."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *absent(results)])
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The short table of README: of each scenario the library's own line, and the others beside it."""
+    columns = (
+        "scenario", "B T U V H", "time, s", "x floor", "extra memory, MB", "gradient error", "others: x time, extra memory",
+    )  # fmt: skip
+    lines = [f"On {described(results)}.", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for scenario in dict.fromkeys(row["scenario"] for row in results["rows"]):
+        of_it = [row for row in results["rows"] if row["scenario"] == scenario]
+        timed = [row for row in of_it if "median" in row]
+        own = next((row for row in timed if row["implementation"] == OURS), None)
+        if own is None:
+            lines.append(f"| {scenario} | | {OURS} has no time |" + " |" * (len(columns) - 3))
+            continue
+        others = [
+            f"{row['implementation'].removeprefix(OURS + ', ')} {row['median'] / own['median']:.2g} x, {extra(row)} MB"
+            for row in sorted(timed, key=lambda row: row["median"])
+            if row is not own
+        ]
+        others += [f"{row['implementation']} fails" for row in of_it if "failed" in row]
+        lines.append(
+            f"| {scenario} | {' '.join(f'{size:,}' for size in own['B T U V H'])} | {own['median']:.2g} "
+            f"| {own['median'] / own['floor']:.2f} | {extra(own)} | {own['gradient_error']:.0e} | {'; '.join(others)} |"
+        )
+    return "\n".join([*lines, *absent(results)])
+
+
+def absent(results: dict[str, Any]) -> list[str]:
+    """Lines on the peers that were not there."""
+    return ["", "Not importable there: " + ", ".join(sorted(results["absent"])) + "."] if results["absent"] else []
+
+
+def extra(row: dict[str, Any]) -> str:
+    """Megabytes beyond inputs and results at the peak."""
+    return f"{(row['peak'] - row['results']) / 1e6:,.0f}"
 
 
 def between_marks(page: str, table: str) -> str:
@@ -111,7 +145,7 @@ def main() -> None:
     table = markdown(results)
     print(table)
     if arguments.readme:
-        arguments.readme.write_text(between_marks(arguments.readme.read_text(), table))
+        arguments.readme.write_text(between_marks(arguments.readme.read_text(), summary(results)))
     if arguments.plots:
         growth(results, arguments.plots)
 

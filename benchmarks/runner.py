@@ -82,7 +82,7 @@ def measured(what: str, suite: str, scenario: Scenario, implementation: str, dev
 
 def run(
     suite: str, device: str, *, scenarios: Sequence[str] = (), peers: Sequence[str] = NAMES, rounds: int = ROUNDS,
-    advance: Callable[[str, int], None] = lambda what, total: None,
+    advance: Callable[[str, int], None] = lambda what, total: None, output: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run a suite.
 
@@ -99,6 +99,8 @@ def run(
         Processes that time an implementation, between those of the others.
     advance : callable
         Told what comes next, and how many processes there are in all.
+    output : Path, optional
+        File that gets the results, after every scenario those so far: a run that is killed leaves them.
 
     Returns
     -------
@@ -110,7 +112,7 @@ def run(
     wanted = [each for each in SUITES[suite] if not scenarios or each.name.startswith(tuple(scenarios))]
     pairs = [(each, name) for each in wanted for name, module in found.items() if each.task in module.TASKS]
     total = len(pairs) * (1 + rounds)
-    rows = []
+    results: dict[str, Any] = {"suite": suite, "device": device, "machine": machine(), "absent": absent, "rows": []}
     for scenario in wanted:
         names = [name for each, name in pairs if each is scenario]
         checks, times = {}, dict[str, list[dict[str, Any]]]({name: [] for name in names})
@@ -123,8 +125,12 @@ def run(
                 failed = failure(scenario, checks[name]) is not None
                 if not failed and (round_ == 0 or checks[name]["took"] < SLOW):
                     times[name].append(measured("time", suite, scenario, name, device))
-        rows += [row(scenario, found[name].NAME, checks[name], times[name]) for name in names]
-    return {"suite": suite, "device": device, "machine": machine(), "absent": absent, "rows": rows}
+        results["rows"] += [row(scenario, found[name].NAME, checks[name], times[name]) for name in names]
+        if output is not None:
+            part = output.with_name(output.name + ".part")
+            part.write_text(json.dumps(results, indent=1))
+            part.replace(output)
+    return results
 
 
 def failure(scenario: Scenario, check: dict[str, Any]) -> str | None:

@@ -113,11 +113,13 @@ def test_the_peak_of_a_call():
     assert peak.bytes < 2e6
 
 
-def test_a_run_beside_a_peer():
+def test_a_run_beside_a_peer(tmp_path):
     told = []
     results = runner.run(
-        "trial", "cpu", scenarios=["joint"], peers=["fused", "torch_operators"], rounds=1, advance=lambda *what: told.append(what)
-    )
+        "trial", "cpu", scenarios=["joint"], peers=["fused", "torch_operators"], rounds=1,
+        advance=lambda *what: told.append(what), output=tmp_path / "results.json",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert [total for _, total in told] == [4] * 4
     ours, peer = results["rows"]
     assert (ours["implementation"], peer["implementation"]) == ("transducer_loss", "PyTorch operators")
@@ -158,12 +160,16 @@ def test_a_row_of_the_table():
     assert (row["median"], row["runs"], row["flops"]) == (pytest.approx(0.2), 6, None)
     slow = {**row, "implementation": "a peer", "median": 0.4}
     broken = runner.row(TRIAL[1], "another", {"failed": "why"}, [{}])
-    results = {"rows": [broken, slow, row]}
+    results = {"rows": [broken, slow, row], "absent": {}}
     first, second, third = report.rows(results)
     assert first == [TRIAL[1].name, "transducer_loss", "0.2", "0.1 to 0.3", "4.00", "1.00", "2", "1e-07", "1e-06"]
     assert second[1:3] == ["a peer", "0.4"]
     assert second[5] == "2.00"
     assert third[:3] == [TRIAL[1].name, "another", "why"]
+    *_, line = report.summary({**results, "machine": runner.machine()}).split("\n")
+    assert line == f"| {TRIAL[1].name} | 2 9 4 12 8 | 0.2 | 4.00 | 2 | 1e-06 | a peer 2 x, 2 MB; another fails |"
+    results["rows"].remove(row)
+    assert "no time" in report.summary({**results, "machine": runner.machine()})
 
 
 def test_a_table_between_the_marks_of_a_page():

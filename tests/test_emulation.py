@@ -59,7 +59,7 @@ def check(case: Case, driver: Driver) -> None:
 
 
 # Blocks of hundreds of threads, and many tiles: five seconds and more each where every access is watched.
-LONG = re.compile("block-1024|wide|made-again|groups|strips")
+LONG = re.compile("block-1024|wide|made-again|groups|strips|reduced-backward-alike|many-rows")
 
 
 def _runs() -> list[Any]:

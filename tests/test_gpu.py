@@ -1350,3 +1350,26 @@ def test_jax_systems(name: str, dtype: str) -> None:
         found = jax.jit(step)(arrays, integers, jax.numpy.asarray(upstream_of(of)))
         found = tuple(np.asarray(each) for each in found)
     assert_results(found, of.on_host(numpy_dtype(dtype), upstream_of(of)), dtype)
+
+
+def test_a_monitor_hears_what_it_does_on_the_host() -> None:
+    of = make_batch()
+    heard = []
+    for take in (on_device, np.asarray):
+        joint, simple = ([take(array) for array in getattr(of, name)] for name in ("joint_rnnt_loss", "simple_rnnt_loss"))
+        with tl.Monitor() as monitor:
+            tl.joint_rnnt_loss(*joint, *of.integers, occupancy_floor=0.05)
+            *_, occupancy = tl.simple_rnnt_loss(*simple, *of.integers)
+            tl.prune(occupancy, *of.integers[1:], s_range=3)
+        heard.append(monitor.statistics().known())
+    assert len(heard[0]) == 3
+    assert heard[0] == pytest.approx(heard[1], rel=1e-9)
+
+
+def test_explanations_are_those_of_the_host() -> None:
+    of = make_batch()
+    (logits,) = of.rnnt_loss
+    logits[1, 2, 0, 3] = np.nan
+    said = str(tl.explain(on_device(logits), *of.integers))
+    assert "NaN" in said or "nan" in said
+    assert said == str(tl.explain(logits, *of.integers))

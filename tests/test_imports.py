@@ -48,10 +48,10 @@ def test_an_import_would_be_seen(name: str) -> None:
     assert name in loaded_by(f"{EVERY_LOSS}\n    import {name}")
 
 
-@pytest.mark.parametrize("name", ["torch", "tensorflow", "keras", "jax"])
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "keras", "jax", "lightning"])
 def test_an_adapter_imports_no_other_framework(name: str) -> None:
     """But for those that its own does: TensorFlow, for one, looks for JAX."""
-    wanted = "tensorflow, keras" if name == "keras" else name
+    wanted = {"keras": "tensorflow, keras", "lightning": "lightning.pytorch"}.get(name, name)
     assert loaded_by(f"    import transducer_loss.adapters.{name}") == loaded_by(f"    import {wanted}")
 
 

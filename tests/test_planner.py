@@ -172,11 +172,12 @@ def expect_measured(plan: tl.Plan, strategy: tl.Strategy) -> None:
     given = inputs(plan, strategy)
     assert sum(value.nbytes for value in given.values() if isinstance(value, np.ndarray)) == strategy.inputs
     code = compile(strategy.call, strategy.name, "exec")
-    # Less of two, as the first may load something, and Python's own tables grow now and then.
-    (first, gradients), (second, _) = traced(code, given), traced(code, given)
+    measured, gradients = traced(code, given)
     assert sum(gradient.nbytes for gradient in gradients) == strategy.gradients
-    measured = min(first, second)
-    assert strategy.gradients + strategy.temporary == pytest.approx(measured, rel=0.05), strategy
+    wanted = strategy.gradients + strategy.temporary
+    if wanted != pytest.approx(measured, rel=0.05):  # the first may load something, and Python's own tables grow now and then
+        measured, _ = traced(code, given)
+    assert wanted == pytest.approx(measured, rel=0.05), strategy
 
 
 AUTOGRAD = PEAK + """

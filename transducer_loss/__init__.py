@@ -13,6 +13,7 @@ from transducer_loss.embr import EmbrGrads, embr_loss
 from transducer_loss.explain import Explanation, explain
 from transducer_loss.joint_loss import Grads, Rows, joint_rnnt_loss
 from transducer_loss.logits_loss import rnnt_loss
+from transducer_loss.monitor import Monitor, Statistics
 from transducer_loss.output_layer import labels_in
 from transducer_loss.paths import Alignment, Occupancy, align, occupancy
 from transducer_loss.planner import Plan, plan
@@ -32,12 +33,14 @@ __all__ = [
     "EmbrGrads",
     "Explanation",
     "Grads",
+    "Monitor",
     "Occupancy",
     "Plan",
     "ReducedPredictorGrads",
     "Rows",
     "Shard",
     "SimpleGrads",
+    "Statistics",
     "Strategy",
     "align",
     "amortized_backlog",

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from transducer_loss import check, info, kernel_cache
@@ -184,7 +185,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     with _progress() as advance:
         results = runner.run(
             arguments.suite, arguments.device, scenarios=arguments.scenario or (), rounds=arguments.rounds, advance=advance,
-            peers=arguments.implementation or runner.NAMES,
+            peers=arguments.implementation or runner.NAMES, output=arguments.output,
         )  # fmt: skip
     if arguments.json:
         _print_json(results)
@@ -244,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     race.add_argument("--scenario", action="append", help="only those whose names begin so; may be repeated")
     race.add_argument("--implementation", action="append", choices=runner.NAMES, help="only this; may be repeated")
     race.add_argument("--rounds", type=int, default=runner.ROUNDS, help="processes that time each (default: %(default)s)")
+    race.add_argument("--output", type=Path, help="file for the results as JSON, those so far after every scenario")
     for command in (about, compare, estimate, prepare, race):
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss import compact, joint, lattice, output_layer, softmax
+from transducer_loss import compact, joint, lattice, monitor, output_layer, softmax
 from transducer_loss.arrays import numpy_dtype
 from transducer_loss.cells import Group
 from transducer_loss.processors import Workers
@@ -183,6 +183,7 @@ class Engine:
             self.processor.empty((group.cells,), self.of.dtype),
         )
         lattice.occupancy(self.processor, group, arcs, self.of.options, values, True, pair)
+        monitor.emission_delay(self.of.cells, group, pair[1], self.of.options.fastemit_lambda)
         return pair
 
     def gradients(self) -> Gradients:
@@ -342,6 +343,8 @@ class Engine:
 
     def finish(self, strips: list[_Strip], gradients: Gradients) -> Gradients:
         """Add the strips' sums, and what other shards have to say of the hidden features; undo the scale."""
+        cells = int(self.of.cells.counts.sum())
+        monitor.dropped_share(cells - gradients.kept, cells)
         if not self.of.one_by_one:
             self._add_up(strips, gradients, 0)
         if self.of.shard is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss import lattice, softmax
+from transducer_loss import lattice, monitor, softmax
 from transducer_loss.arrays import COMPUTE
 from transducer_loss.band import Band, band_for
 from transducer_loss.cells import Cells, Group
@@ -93,6 +93,7 @@ def forward(of: Problem, effective: bool = True, keep: bool = True) -> tuple[Any
             return native, reported, None
         occupancy = (processor.empty((of.group.cells,), of.dtype), processor.empty((of.group.cells,), of.dtype))
         lattice.occupancy(processor, of.group, arcs, of.options, values, effective, occupancy)
+        monitor.emission_delay(of.cells, of.group, occupancy[1], of.options.fastemit_lambda if effective else 0.0)
         return native, reported, Saved(arcs.normaliser, *occupancy)
 
 

@@ -213,7 +213,7 @@ class Host(Processor):
     strips = 8
     tile_bytes = 6 << 20
     tile_cells = 1024
-    group_cells = 32_768
+    group_cells = 16_384
     default_workspace = 256 << 20
     reserved = 0
 

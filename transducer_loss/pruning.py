@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transducer_loss import lattice
+from transducer_loss import lattice, monitor
 from transducer_loss.arrays import COMPUTE, element_strides
 from transducer_loss.band import Band, expect_band, on_processor
 from transducer_loss.cells import Cells, Ints
@@ -123,22 +123,25 @@ def pruned(
             # k2 knows no mass.
             return band if as_k2 else dataclasses.replace(band, mass=_mass(processor, band, pair, topology))
 
-        local = band_of(first)
-        if not optimal:
-            return local
-        best = first.copy()
-        processor.launch(
-            f"band_optimal<{real}>", batch, columns,
-            batch, group.table, width, step, scores, processor.empty((batch, 2, columns), "float64"),
-            processor.empty((batch, most_frames, columns), "int32"), most_frames, best, steps=step * most_frames, per_thread=1,
-        )  # fmt: skip
-        other = band_of(best)
-        better = other.mass > local.mass
-        rows = better[:, None]
-        return dataclasses.replace(
-            local, first=np.where(rows, best, first), end=np.where(rows, other.end, local.end),
-            mass=np.where(better, other.mass, local.mass),
-        )  # fmt: skip
+        band = band_of(first)
+        if optimal:
+            best = first.copy()
+            processor.launch(
+                f"band_optimal<{real}>", batch, columns,
+                batch, group.table, width, step, scores, processor.empty((batch, 2, columns), "float64"),
+                processor.empty((batch, most_frames, columns), "int32"), most_frames, best, steps=step * most_frames,
+                per_thread=1,
+            )  # fmt: skip
+            other = band_of(best)
+            better = other.mass > band.mass
+            rows = better[:, None]
+            band = dataclasses.replace(
+                band, first=np.where(rows, best, first), end=np.where(rows, other.end, band.end),
+                mass=np.where(better, other.mass, band.mass),
+            )  # fmt: skip
+        if band.mass is not None:
+            monitor.kept_mass(band.mass)
+        return band
 
 
 def _mass(processor: Any, band: Band, occupancy: tuple[Any, Any], topology: str) -> Any:

@@ -5,7 +5,8 @@ where there is a GPU.
 """
 
 from transducer_loss.adapters.keras.amortized import GumbelGate
+from transducer_loss.adapters.keras.monitor import TransducerMonitor
 from transducer_loss.adapters.keras.rnnt import RNNTJoint, RNNTLoss
 from transducer_loss.adapters.keras.tied_reduced import TiedReducedDecoder
 
-__all__ = ["GumbelGate", "RNNTJoint", "RNNTLoss", "TiedReducedDecoder"]
+__all__ = ["GumbelGate", "RNNTJoint", "RNNTLoss", "TiedReducedDecoder", "TransducerMonitor"]

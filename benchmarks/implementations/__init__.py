@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from transducer_loss.band import Band
 from transducer_loss.benchmarks.scenarios import Scenario, inputs
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = (
-    "fused", "every_cell", "copied", "torch_operators", "torchaudio", "fast_rnnt", "optimized_transducer", "k2", "nemo",
-    "warprnnt_numba", "warp_rnnt",
+    "fused", "every_cell", "small_workspace", "copied", "torch_operators", "torchaudio", "fast_rnnt", "optimized_transducer",
+    "k2", "nemo", "warprnnt_numba", "warp_rnnt",
 )  # fmt: skip
 """Files of this folder: the library's own first."""
 
@@ -35,6 +36,8 @@ class Case:
     targets: Tensor  # (B, U) int64
     frames: list[int]
     labels: list[int]
+    band: Callable[[], Band] | None = None
+    """Of ``pruned``: the band of the last step, which in a wider dtype might be another, and so be no measure of its error."""
 
     @classmethod
     def of(cls, scenario: Scenario, device: str) -> Case:
@@ -48,7 +51,7 @@ class Case:
     def exact(self, dtype: torch.dtype) -> Case:
         """The same numbers as they are after rounding to the scenario's dtype, in a wider one."""
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in self.leaves.items()}
-        return Case(self.scenario, leaves, self.targets, self.frames, self.labels)
+        return Case(self.scenario, leaves, self.targets, self.frames, self.labels, self.band)
 
     @property
     def integers(self) -> tuple[Tensor, list[int], list[int]]:

@@ -7,6 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from transducer_loss.band import Band
 from transducer_loss.benchmarks.implementations import Case, Step, differentiated, exact_tasks
 from transducer_loss.benchmarks.scenarios import S_RANGE
 
@@ -40,6 +41,7 @@ def pruned(case: Case) -> Step:
             reduction="sum", return_grad=True,
         )  # fmt: skip
         ranges = module.get_rnnt_prune_ranges(px_grad=px, py_grad=py, boundary=boundary, s_range=S_RANGE)
+        case.band = lambda: Band.from_ranges(ranges, case.frames, case.labels)
         encoder, predictor = module.do_rnnt_pruning(am=leaves["encoder"], lm=leaves["predictor"], ranges=ranges)
         logits = torch.nn.functional.linear(torch.tanh(encoder + predictor), leaves["weight"], leaves["bias"])
         inside: Tensor = module.rnnt_loss_pruned(

@@ -47,9 +47,11 @@ def tasks(**options: Any) -> dict[str, Any]:
             am = case.leaves["encoder"] @ case.leaves["simple_encoder_weight"].T
             lm = case.leaves["predictor"] @ case.leaves["simple_predictor_weight"].T
             simple, occupancy = simple_rnnt_loss(am, lm, *case.integers, lm_only_scale=0.25, reduction="sum")
-            band = prune(occupancy, case.frames, case.labels, s_range=S_RANGE)
+            band = given() if given else prune(occupancy, case.frames, case.labels, s_range=S_RANGE)
+            case.band = lambda: band
             return simple + joint_rnnt_loss(*layer(case), *case.integers, band=band, reduction="sum", **options)
 
+        given = case.band
         return differentiated(case, loss)
 
     def sampled(case: Case) -> Step:

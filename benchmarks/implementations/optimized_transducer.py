@@ -35,8 +35,8 @@ def loss(case: Case, logits: Tensor) -> Tensor:
 
 
 def _of_logits(case: Case) -> Step:
-    if len(set(case.frames)) == len(set(case.labels)) == 1:  # nothing is padding: no copy is needed
-        return differentiated(case, lambda: loss(case, case.leaves["logits"].flatten(0, 2)))
+    if len(set(case.frames)) == len(set(case.labels)) == 1:  # nothing is padding, but it would write over the logits
+        return differentiated(case, lambda: loss(case, case.leaves["logits"].flatten(0, 2).clone()))
     cells = _cells(case)
     return differentiated(case, lambda: loss(case, case.leaves["logits"][cells]))
 
