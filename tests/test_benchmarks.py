@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import mmap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +190,12 @@ def test_the_picture_of_growth(tmp_path):
             rows.append(runner.row(scenario, name, RIGHT, times))
     (path,) = report.growth({"rows": rows}, tmp_path / "new")
     assert path.stat().st_size > 10_000
+
+
+def test_the_readme_shows_what_is_committed():
+    root = Path(__file__).parents[1]
+    page = (root / "README.md").read_text()
+    begin, end = report.MARKS
+    shown = page[page.index(begin) + len(begin) : page.index(end)].strip()
+    results = (json.loads(path.read_text()) for path in (root / "benchmarks" / "results").glob("*.json"))
+    assert shown in {report.summary(each) for each in results if "rows" in each}

@@ -7,17 +7,21 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
+import jax
 import keras
 import lightning.pytorch as lightning
 import numpy as np
 import pytest
+import tensorflow as tf
 import torch
 
 import transducer_loss as tl
 from transducer_loss import monitor
+from transducer_loss.adapters.jax import joint_rnnt_loss as jax_loss
 from transducer_loss.adapters.keras import RNNTJoint
 from transducer_loss.adapters.keras import TransducerMonitor as KerasMonitor
 from transducer_loss.adapters.lightning import TransducerMonitor as LightningMonitor
+from transducer_loss.adapters.tensorflow import joint_rnnt_loss as tensorflow_loss
 from transducer_loss.adapters.torch import PrunedRNNTLoss, joint_rnnt_loss, rnnt_loss
 
 FRAMES, LABELS = [9, 7, 5], [4, 2, 0]
@@ -145,6 +149,48 @@ def test_torch_tells_when_the_gradient_is_made(reduction):
         joint_rnnt_loss(*tensors, TARGETS, FRAMES, LABELS, reduction=reduction, occupancy_floor=0.05).sum().backward()
     assert heard.statistics().dropped_share == pytest.approx(grads.dropped)
     assert heard.statistics().emission_delay == pytest.approx(wanted.statistics().emission_delay)
+
+
+def test_jax_and_tensorflow_tell_the_same():
+    arrays = [array.astype("f") for array in joint_arguments()[:4]]
+    with tl.Monitor() as wanted:
+        tl.joint_rnnt_loss(*arrays, TARGETS, FRAMES, LABELS, occupancy_floor=0.05)
+    integers = np.array(TARGETS), np.array(FRAMES), np.array(LABELS)
+
+    def mean(*leaves: Any) -> Any:
+        return jax_loss(*leaves, *integers, occupancy_floor=0.05).mean()
+
+    with tl.Monitor() as by_jax:
+        jax.block_until_ready(jax.jit(jax.grad(mean, argnums=(0, 1, 2, 3)))(*arrays))
+    variables = [tf.Variable(array) for array in arrays]
+    with tl.Monitor() as by_tensorflow, tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tensorflow_loss(*variables, *integers, occupancy_floor=0.05))
+        tape.gradient(loss, variables)
+    assert by_jax.statistics().known() == pytest.approx(wanted.statistics().known())
+    assert by_tensorflow.statistics().known() == pytest.approx(wanted.statistics().known())
+
+
+def test_a_monitor_entered_twice_listens_until_both_ends():
+    heard = tl.Monitor()
+    with heard:
+        with heard:
+            pass
+        tl.joint_rnnt_loss(*joint_arguments())
+    assert heard.statistics().emission_delay is not None
+    assert monitor._active == ()
+
+
+def test_a_step_that_is_broken_off_is_not_listened_to_any_more():
+    steps = monitor.Steps(2)
+    steps.begin(0)
+    steps.begin(1)
+    assert monitor._active == ()
+    assert steps.end() is None
+    steps.begin(2)
+    tl.joint_rnnt_loss(*joint_arguments())
+    heard = steps.end()
+    assert heard is not None and heard.dropped_share > 0
+    assert monitor._active == ()
 
 
 def test_what_is_kept_is_no_view_of_what_may_change():
