@@ -66,7 +66,7 @@ def summary(results: dict[str, Any]) -> str:
             lines.append(f"| {scenario} | | {OURS} has no time |" + " |" * (len(columns) - 3))
             continue
         others = [
-            f"{row['implementation'].removeprefix(OURS + ', ')} {row['median'] / own['median']:.2g} x, {extra(row)} MB"
+            f"{row['implementation'].removeprefix(OURS + ', ')} {row['median'] / own['median']:,.1f} x, {extra(row)} MB"
             for row in sorted(timed, key=lambda row: row["median"])
             if row is not own
         ]

@@ -28,7 +28,7 @@ SLOW = 10.0  # seconds of a step that is measured in one round alone
 # Relative errors beyond which results count as wrong: rounding of a sum over thousands of cells, and of products.
 MOST_ERROR = {"float64": (1e-9, 1e-7), "float32": (1e-4, 1e-3), "float16": (1e-2, 2e-2), "bfloat16": (2e-2, 6e-2)}
 
-PACKAGES = ("transducer_loss", "numpy", "torch", "torchaudio", "fast_rnnt", "optimized_transducer", "k2", "numba", "cupy")
+PACKAGES = ("transducer_loss", "numpy", "torch", "torchaudio", "fast_rnnt", "optimized_transducer", "k2", "numba")
 
 
 def machine() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
         found["processor"] = names[0] if names else found["processor"]
     installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
     found["versions"] = {
-        name: version for name, version in installed.items() if name.startswith(tuple(each.lower() for each in PACKAGES))
+        name: version for name, version in installed.items() if name in PACKAGES or name.startswith("cupy")
     }
     return found
 
@@ -58,8 +58,13 @@ def present(names: Sequence[str] = NAMES) -> tuple[dict[str, Any], dict[str, str
         try:
             found[name] = implementations.load(name)
         except Exception as error:  # a peer built for another torch may fail in any way
-            absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            absent[name] = _first_line(f"{type(error).__name__}: {error}")
     return found, absent
+
+
+def _first_line(message: str) -> str:
+    """Of an error, without the folders of this machine."""
+    return re.sub(r"(?<!\S)/\S*/", "", message.splitlines()[0])[:300]
 
 
 def measured(what: str, suite: str, scenario: Scenario, implementation: str, device: str) -> dict[str, Any]:
@@ -73,9 +78,9 @@ def measured(what: str, suite: str, scenario: Scenario, implementation: str, dev
     except subprocess.TimeoutExpired:
         return {"failed": f"not done in {SECONDS} s"}
     if done.returncode:
-        # PyTorch writes the frames of C++ below the error.
-        said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return {"failed": said[-1][:300] if said else f"exit status {done.returncode}"}
+        # PyTorch writes below the error where in C++ it was raised.
+        said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception):", line)]
+        return {"failed": _first_line(said[-1]) if said else f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -168,7 +168,7 @@ def test_a_row_of_the_table():
     assert second[5] == "2.00"
     assert third[:3] == [TRIAL[1].name, "another", "why"]
     *_, line = report.summary({**results, "machine": runner.machine()}).split("\n")
-    assert line == f"| {TRIAL[1].name} | 2 9 4 12 8 | 0.2 | 4.00 | 2 | 1e-06 | a peer 2 x, 2 MB; another fails |"
+    assert line == f"| {TRIAL[1].name} | 2 9 4 12 8 | 0.2 | 4.00 | 2 | 1e-06 | a peer 2.0 x, 2 MB; another fails |"
     results["rows"].remove(row)
     assert "no time" in report.summary({**results, "machine": runner.machine()})
 
