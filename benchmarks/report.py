@@ -105,6 +105,7 @@ def between_marks(page: str, table: str) -> str:
 def growth(results: dict[str, Any], folder: Path) -> list[Path]:
     """Draw time and memory over each size of the suite ``growth``, in logarithms, with the floor beside the time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = ("B", "T", "U", "V")
     figure = Figure(figsize=(11, 5.5), layout="constrained")
@@ -124,10 +125,13 @@ def growth(results: dict[str, Any], folder: Path) -> list[Path]:
         axes[1, column].set_xlabel(name)
         for each in axes[:, column]:
             each.set_xticks(sizes, [str(size) for size in sizes], minor=False)
-            each.minorticks_off()
+            each.xaxis.minorticks_off()
+            each.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            each.yaxis.set_major_formatter("{x:g}")
+            each.yaxis.minorticks_off()
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("extra memory, MB")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "growth.png"
     figure.savefig(path, dpi=150)
