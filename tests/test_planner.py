@@ -106,9 +106,16 @@ CASES = {
     "all kept": Case((4, 200, 40, 500, 128), {"exact joint": None, "pruned": None}),
     "one thread": Case((4, 200, 40, 500, 128), {"exact joint": None, "pruned": None}, threads=1),
     "8 threads": Case((4, 200, 40, 500, 128), {"exact joint": None, "pruned": None}, threads=8),
-    "groups": Case((16, 200, 40, 500, 128), {"exact joint": 32 * MiB, "pruned": 16 * MiB}, share=0.7),
+    "groups": Case(
+        (16, 200, 40, 500, 128),
+        {"exact joint": 16 * MiB, "exact joint, logits kept": 32 * MiB, "pruned": MiB // 2, "pruned, logits kept": 8 * MiB},
+        share=0.7,
+    ),
     "half": Case((4, 200, 40, 500, 128), {"exact joint": None, "pruned": None}, "float16"),
-    "short, half": Case((4, 200, 40, 500, 128), {"exact joint": 32 * MiB, "pruned": None}, "bfloat16", share=0.7),
+    "short, half": Case(
+        (4, 200, 40, 500, 128), {"exact joint": 16 * MiB, "exact joint, logits kept": 32 * MiB, "pruned": None}, "bfloat16",
+        share=0.7,
+    ),
     "double": Case((4, 200, 40, 500, 64), {"exact joint": None, "pruned": None}, "float64"),
     "sampled": Case(
         (2, 200, 60, 2000, 64), {"exact joint": None, "pruned": None, "sampled": None, "pruned and sampled": None},
@@ -120,7 +127,7 @@ CASES = {
     ),
     "not kept": Case(
         (2, 200, 60, 2000, 64),
-        {"exact joint": 128 * MiB, "exact joint, logits kept": None, "pruned": 8 * MiB, "pruned, logits kept": 16 * MiB},
+        {"exact joint": 16 * MiB, "exact joint, logits kept": None, "pruned": MiB, "pruned, logits kept": 16 * MiB},
         share=0.1, options={"num_samples": 2000},
     ),
     "many classes": Case(

@@ -150,7 +150,8 @@ def kept_mass(mass: Any) -> None:
 
 def dropped_share(dropped: int, cells: int) -> None:
     """Tell how many cells needed no gradient."""
-    _tell("dropped_share", np.array([dropped, cells]))
+    if _active:
+        _tell("dropped_share", np.array([dropped, cells]))
 
 
 def emission_delay(cells: Cells, group: Group, label_occupancy: Any, fastemit_lambda: float) -> None:
