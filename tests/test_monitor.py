@@ -35,7 +35,7 @@ def joint_arguments(seed: int = 0) -> tuple[Any, ...]:
     return (*arrays, TARGETS, FRAMES, LABELS)
 
 
-def delay_of(occupancy: tl.Occupancy, first: Any = None) -> float:
+def delay_of(occupancy: tl.Occupancy) -> float:
     """By the definition: the mean over labels of the frame, less the middle of the utterance."""
     total = labels = 0.0
     for b, frames in enumerate(FRAMES):
