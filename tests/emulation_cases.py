@@ -26,6 +26,8 @@ P = TypeVar("P", bound=Host)
 
 # Share of the largest number in an array: sums run in another order, and half types round to the other side.
 TOLERANCE = {"float64": 1e-11, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
+# Unit in the last place of 1. What is left of terms that cancel is off by theirs, however small it is itself.
+UNIT = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 FRAMES, LABELS = [5, 3, 1, 2], [3, 0, 2, 3]
 
@@ -51,6 +53,8 @@ class Case:
     """Attributes that differ from the host processor's."""
     rounding: str = "float32"
     """The coarsest type that anything is rounded to on the way."""
+    noise: float | None = None
+    """Error of terms that cancel, by default that of a 1 in `rounding`: gradients are sums of occupancies."""
     wanted: Callable[[], Any] | None = None
     """What the reference makes of it."""
 
@@ -94,14 +98,15 @@ def arrays_of(result: Any) -> list[Array]:
     return [np.asarray(result)]
 
 
-def expect_equal(got: list[Array], expected: list[Array], rounding: str) -> None:
-    """Raise unless the arrays are equal but for the rounding, infinities and NaN in the same places."""
+def expect_equal(got: list[Array], expected: list[Array], case: Case) -> None:
+    """Raise unless the arrays are equal but for the case's rounding, infinities and NaN in the same places."""
+    noise = UNIT[case.rounding] if case.noise is None else case.noise
     assert [array.shape for array in got] == [array.shape for array in expected]
     for one, other in zip(got, expected, strict=True):
-        kind = max(rounding, one.dtype.name, key=lambda name: TOLERANCE.get(name, 0.0))
+        kind = max(case.rounding, one.dtype.name, key=lambda name: TOLERANCE.get(name, 0.0))
         values, wanted = one.astype(np.float64), other.astype(np.float64)
         largest = max([1e-3, *np.abs(wanted[np.isfinite(wanted)])])
-        np.testing.assert_allclose(values, wanted, rtol=0, atol=TOLERANCE[kind] * largest)
+        np.testing.assert_allclose(values, wanted, rtol=0, atol=TOLERANCE[kind] * largest + noise)
 
 
 def labels(rng: np.random.Generator, lengths: list[int], classes: int, dtype: str = "int64") -> Array:
@@ -132,6 +137,9 @@ def logits_problem(
         ]
         return frozen(np.concatenate(cells).astype(numpy_dtype(dtype))), targets, frames, lengths
     logits = values.astype(numpy_dtype(dtype))
+    if layout == "shifted":
+        # Dense rows that lie in memory otherwise than those of the gradient.
+        logits = frozen(np.concatenate([np.full_like(logits[..., :1], np.nan), logits], axis=-1))[..., 1:]
     if layout == "strided":
         # Classes far apart, frames from the last to the first, labels in every second column.
         wide = np.full((shape[0], shape[3], shape[1], 2 * shape[2]), np.nan, logits.dtype)
@@ -449,6 +457,11 @@ def _cases() -> list[Case]:
         logits_case("logits-one-class", classes=1, frames=[2, 1], lengths=[1, 1]),
         logits_case("logits-target-is-blank", classes=2, options={"blank": 1}),
         logits_case("logits-no-gradient", options={"gradient": False}),
+        # Rows of several packets for each thread, and of several batches of them; of every alignment.
+        *(logits_case(f"logits-{classes}-classes-{dtype}-{layout}", block=32, classes=classes, dtype=dtype, layout=layout,
+                      frames=[2], lengths=[1], options={"hat": layout == "packed", "blank": classes - 3})
+          for classes, dtype, layout in ((1101, "float32", "padded"), (1101, "bfloat16", "packed"), (515, "float16", "shifted"),
+                                         (301, "float64", "packed"), (512, "float32", "shifted"))),
         damaged("logits-nan", np.nan),
         damaged("logits-infinite", np.inf),
         damaged("logits-impossible", -np.inf),
@@ -467,6 +480,9 @@ def _cases() -> list[Case]:
                    planned=lambda plan: not any(plan.retained), options={"dropout": 0.2}),
         *(joint_case(f"joint-block-{block}", block=block, processor=strips, options=every) for block in (32, 128)),
         joint_case("joint-block-1024", block=1024, features=5, **tiniest),
+        *(joint_case(f"joint-1101-classes-{dtype}", block=32, classes=1101, features=2, frames=[2], lengths=[1], dtype=dtype, cuda=cuda,
+                     options={"occupancy_floor": 0.0, "hat": cuda})
+          for dtype, cuda in (("float32", False), ("bfloat16", True), ("float64", False))),
         *(joint_case(f"joint-{activation}", frames=[2, 1], lengths=[1, 2], dtype=dtype,
                      options={"activation": activation, "dropout": dropout})
           for activation in ACTIVATIONS for dtype, dropout in (("float32", 0.0), ("float64", 0.3))),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import transducer_loss as tl
-from emulation_cases import Array, Case, frozen, joint_case, joint_problem, some_band, some_classes
+from emulation_cases import UNIT, Array, Case, frozen, joint_case, joint_problem, some_band, some_classes
 from transducer_loss import amortized, reference
 from transducer_loss.arrays import COMPUTE, FLOATS, numpy_dtype
 from transducer_loss.embr import risk
@@ -214,9 +214,11 @@ def gate_case(
         grad = reference.gumbel_gate_backward(upstream.exact, of.exact, of.known, **given)
         return of.settled(np.zeros(len(known)), grad)[1]
 
+    # An upstream gradient less its mean over the branches.
+    noise = UNIT[COMPUTE[dtype]] * 2 * float(np.abs(np.nan_to_num(upstream.exact)).max(initial=0.0)) / given["temperature"]
     return Case(
         name, lambda: amortized.gated_backward(upstream.values, of.values, counts, validate=None, **given), block,
-        rounding=COMPUTE[dtype], wanted=wanted,
+        rounding=COMPUTE[dtype], noise=noise, wanted=wanted,
     )  # fmt: skip
 
 
@@ -274,9 +276,11 @@ def reduced_case(
         return reference.reduced_predictor_backward(usable, *exact, known, counts, last=last)
 
     if backward:
+        usual = [np.where(np.abs(part) < 10, np.abs(part), 0.0) for part in (np.nan_to_num(upstream.astype(np.float64)), *exact)]
+        sizes = reference.reduced_predictor_backward(*usual, known, counts, last=last)
         return Case(
             name, lambda: reduced_predictor.averaged_backward(upstream, *arguments, last=last, validate=None), block,
-            rounding=dtype, wanted=gradients,
+            rounding=dtype, noise=UNIT[COMPUTE[dtype]] * float(max(part.max() for part in sizes)), wanted=gradients,
         )  # fmt: skip
     return Case(
         name, lambda: reduced_predictor.averaged(*arguments, last=last, validate=None), block, rounding=dtype, wanted=out

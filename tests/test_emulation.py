@@ -53,9 +53,9 @@ CASES = [*LOSSES, *SYSTEMS]
 
 def check(case: Case, driver: Driver) -> None:
     found = case.on(case.emulated(driver))
-    expect_equal(found, case.on(case.plain()), case.rounding)
+    expect_equal(found, case.on(case.plain()), case)
     if case.wanted is not None:
-        expect_equal(found, arrays_of(case.wanted()), case.rounding)
+        expect_equal(found, arrays_of(case.wanted()), case)
 
 
 # Blocks of hundreds of threads, and many tiles: five seconds and more each where every access is watched.

@@ -61,6 +61,25 @@ DEFECTS = [
         "__syncthreads();  // in and out may be", "// in and out may be", RACE, "logits-inplace",
     ),
     Defect(
+        "packet-off-its-boundary", "address", "rows.cuh",
+        "smaller((N - past_boundary<N>(out.start)) % N, classes)", "0", "misaligned address", "logits-1101-classes-float32-padded",
+        "softmax.cu", "softmax_forward, float32",
+    ),
+    Defect(
+        "packet-beyond-the-row", "address", "rows.cuh",
+        "(classes - head) / N", "(classes - head + N - 1) / N", DIFFERENT, "logits-1101-classes-float32-padded",
+        "softmax.cu", "softmax_forward, float32",
+    ),
+    Defect(
+        "last-batch-for-all", "address", "softmax.cu",
+        "if (!held.one_batch()) load();", "", DIFFERENT, "logits-1101-classes-float32-padded", only="softmax_forward, float32",
+    ),
+    Defect(
+        "row-without-its-edges", "address", "softmax.cu",
+        "block_sum(sum + at_edge)", "block_sum(sum)", DIFFERENT, "logits-1101-classes-float32-padded",
+        only="softmax_forward, float32",
+    ),
+    Defect(
         "index-one-too-far", "address", "compact.cu",
         "positions[first_cell + of.width] =", "positions[first_cell + of.width + 1] =", "heap-buffer-overflow",
     ),
@@ -236,7 +255,7 @@ def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
     with contextlib.closing(Driver(program, patience)) as driver, pytest.raises(AssertionError) as fault:
         # A race is seen where its two threads come close enough, which on a busy machine they may not at once.
         for _ in range(5 if defect.seen == RACE else 1):
-            expect_equal(case.on(case.emulated(driver)), expected, case.rounding)
+            expect_equal(case.on(case.emulated(driver)), expected, case)
     assert re.search(defect.seen, str(fault.value))
 
 
