@@ -58,6 +58,12 @@ static constexpr int COLUMNS = 512;
 #define SIMD_MAX(name)
 static constexpr int COLUMNS = 1;
 #endif
+// Before a loop of a known length over an array that is to stay in registers.
+#if defined(__CUDACC__)
+#define UNROLLED PRAGMA(unroll)
+#else
+#define UNROLLED
+#endif
 
 typedef float float32;
 typedef double float64;

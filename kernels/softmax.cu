@@ -12,21 +12,11 @@
 // exchanges between the processes.
 #include "processor.cuh"
 #include "cells.cuh"
+#include "rows.cuh"
 
 enum Distribution { SOFTMAX = 0, NORMALIZED = 1, HAT = 2 };
 
 static constexpr long long CELLS_OF_BLOCK = 1024;  // where a cell is a few numbers
-
-// x[v] for v = 0 .. V - 1 at any stride, and with `biased` the bias that is still to be added to it. Both are known while
-// compiling, so that loops over dense rows vectorise.
-template <bool dense, bool biased, typename T> struct Row {
-    typedef Compute<T> Real;
-    T* start;
-    long long stride;
-    const Real* bias;
-    DEVICE T* at(long long v) const { return dense ? start + v : start + v * stride; }
-    DEVICE Real logit(long long v) const { return biased ? Real(load(at(v))) + bias[v] : Real(load(at(v))); }
-};
 
 // log(1 + exp(x)) without overflow.
 template <typename Real> DEVICE Real softplus(Real x) {
@@ -64,6 +54,74 @@ DEVICE typename R::Real exponentials_in(const R row, long long begin, long long 
     return sum;
 }
 
+// sum_v exp x[v] = sum * exp(base), without class `omitted` if that is not below 0.
+template <typename Real> struct Exponentials { Real base, sum; };
+
+// Nothing but -inf sums to 0, not to NaN.
+template <typename Real> DEVICE Real base_of(Real highest) { return highest > -infinity<Real>() ? highest : Real(0); }
+
+// Over the block; with `keep` exp(x[v] - base) replaces x[v] (0 or what it was at the omitted class).
+template <typename R> DEVICE Exponentials<typename R::Real> sum_row(const R row, long long classes, long long omitted, bool keep) {
+    typedef typename R::Real Real;
+    if constexpr (R::in_packets) {
+        InPackets<R> held(row, row, classes);
+        const auto unless_omitted = [omitted](Real x, long long v) { return v == omitted ? -infinity<Real>() : x; };
+        const auto load = [&] {
+            held.load_batch();
+            if (omitted >= 0) held.each([&](Real& x, long long v) { x = unless_omitted(x, v); });
+        };
+        Real at_edge = held.edge >= 0 ? unless_omitted(row.logit(held.edge), held.edge) : -infinity<Real>();
+        Real highest = at_edge, sum = 0;
+        held.each_batch([&] {
+            load();
+            held.each([&](Real& x, long long) { highest = x > highest ? x : highest; });
+        });
+        const Real base = base_of(block_max(highest));
+        at_edge = exponential(at_edge - base);
+        if (keep && held.edge >= 0) store(row.at(held.edge), at_edge);
+        held.each_batch([&] {
+            if (!held.one_batch()) load();
+            held.each([&](Real& x, long long) { sum += x = exponential(x - base); });
+            if (keep) held.store_batch();
+        });
+        return {base, block_sum(sum + at_edge)};
+    } else {
+        // The classes on either side of the omitted one.
+        const long long before = omitted >= 0 ? omitted : 0, after = omitted >= 0 ? omitted + 1 : 0;
+        const Real base = base_of(block_max(larger(highest_in(row, 0, before), highest_in(row, after, classes))));
+        return {base, block_sum(exponentials_in(row, 0, before, base, keep) + exponentials_in(row, after, classes, base, keep))};
+    }
+}
+
+// out[v] = value for all v.
+template <typename Out, typename Real> DEVICE void fill_row(const Out out, long long classes, Real value) {
+    if constexpr (Out::in_packets) {
+        InPackets<Out> held(out, out, classes);
+        if (held.edge >= 0) store(out.at(held.edge), value);
+        held.each([&](Real& x, long long) { x = value; });
+        held.each_batch([&] { held.store_batch(); });
+    } else {
+        SIMD
+        PARALLEL(v, classes) store(out.at(v), value);
+    }
+}
+
+// out[v] = of(x[v]) for all v. Both may be the same row.
+template <typename In, typename Out, typename F> DEVICE void map_row(const In in, const Out out, long long classes, const F of) {
+    if constexpr (In::in_packets && Out::in_packets) {
+        InPackets<In, Out> held(in, out, classes);
+        if (held.edge >= 0) store(out.at(held.edge), of(in.logit(held.edge)));
+        held.each_batch([&] {
+            held.load_batch();
+            held.each([&](typename In::Real& x, long long) { x = of(x); });
+            held.store_batch();
+        });
+    } else {
+        SIMD
+        PARALLEL(v, classes) store(out.at(v), of(in.logit(v)));
+    }
+}
+
 // The arcs' log-probabilities of a cell from their logits, -inf where there is no label, and z. HAT without any class beside
 // the blank has no labels to normalise.
 template <typename Real>
@@ -95,17 +153,12 @@ DEVICE void arcs_of_row(const R row, long long classes, long long blank, long lo
         }
         return;
     }
-    // HAT normalises the classes on either side of the blank.
     const bool without_blank = distribution == HAT && blank >= 0;
-    const long long before = without_blank ? blank : 0, after = without_blank ? blank + 1 : 0;
-    const Real highest = block_max(larger(highest_in(row, 0, before), highest_in(row, after, classes)));
-    const Real base = highest > -infinity<Real>() ? highest : Real(0);  // nothing but -inf sums to 0, not to NaN
-    const Real sum = block_sum(exponentials_in(row, 0, before, base, keep) +
-                               exponentials_in(row, after, classes, base, keep));
+    const Exponentials<Real> all = sum_row(row, classes, without_blank ? blank : -1, keep);
     if (threadIdx.x == 0) {
         if (keep && without_blank) store(row.at(blank), sigmoid(blank_logit));
-        const Real z = base + logarithm(sum);
-        *normaliser = keep ? Real(1) / sum : z;
+        const Real z = all.base + logarithm(all.sum);
+        *normaliser = keep ? Real(1) / all.sum : z;
         if (!log_sum) {
             write_arcs(blank_logit, label_logit, z, distribution, classes == 1, log_blank, log_label);
         } else {
@@ -207,21 +260,18 @@ DEVICE void gradient_of_row(const In in, const Out out, long long classes, long 
                             int distribution, bool kept, Real normaliser, Real blank_share, Real label_share,
                             const Finish finished) {
     const Real both = blank_share + label_share;
-    const Real blank_value = blank < 0 ? Real(0) : kept ? Real(load(in.at(blank))) : in.logit(blank);
-    const Real target_value = target < 0 ? Real(0) : kept ? Real(load(in.at(target))) : in.logit(target);
+    const Real blank_value = blank < 0 ? Real(0) : in.logit(blank);
+    const Real target_value = target < 0 ? Real(0) : in.logit(target);
     const bool unused = blank_share == Real(0) && label_share == Real(0);
     const Real factor = distribution == HAT ? label_share : both;
     __syncthreads();  // in and out may be the same row: every thread has read the blank and the label before one writes
     if (unused || distribution == NORMALIZED) {
-        SIMD
-        PARALLEL(v, classes) store(out.at(v), Real(0));
+        fill_row(out, classes, Real(0));
     } else if (kept) {
         const Real scale = factor * normaliser;
-        SIMD
-        PARALLEL(v, classes) store(out.at(v), finished(scale * Real(load(in.at(v)))));
+        map_row(in, out, classes, [=](Real x) { return finished(scale * x); });
     } else {
-        SIMD
-        PARALLEL(v, classes) store(out.at(v), finished(factor * exponential(in.logit(v) - normaliser)));
+        map_row(in, out, classes, [=](Real x) { return finished(factor * exponential(x - normaliser)); });
     }
     __syncthreads();
     if (threadIdx.x != 0 || unused) return;

@@ -12,6 +12,9 @@ from transducer_loss.shard import Shard
 _CELLS_OF_BLOCK = 1024
 """As in the kernels where a cell is a few numbers."""
 
+_PER_THREAD = 16
+"""Numbers of a row that a thread of the kernels holds at once: see `InPackets`."""
+
 
 class Arcs(NamedTuple):
     """Per cell: log-probabilities of the blank and of the label arc, and what the gradient needs to make probabilities."""
@@ -46,7 +49,8 @@ def forward(
     processor.launch(
         f"softmax_forward<{logits.dtype.name}>", count, classes,
         count, begin, group.table, group.count, group.spans, logits, *_strides(logits), classes, *_place(shard, classes),
-        bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, log_sum, alone=alone,
+        bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, log_sum, per_thread=_PER_THREAD,
+        alone=alone,
     )  # fmt: skip
 
 
@@ -87,7 +91,7 @@ def backward(
         f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
         cells, begin, kept, group.table, group.count, group.spans, logits, int(retained), classes,
         _place(shard, classes)[0], bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy,
-        weights, weight, gradient, alone=True,
+        weights, weight, gradient, per_thread=_PER_THREAD, alone=True,
     )  # fmt: skip
 
 
@@ -103,5 +107,5 @@ def backward_logits(
         f"softmax_backward_logits<{logits.dtype.name}>", rows, classes,
         rows, group.table, group.count, group.spans, frames, columns, logits, *_strides(logits), classes,
         *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights,
-        clamp, gradient, *_strides(gradient)[1:],
+        clamp, gradient, *_strides(gradient)[1:], per_thread=_PER_THREAD,
     )  # fmt: skip
