@@ -74,7 +74,7 @@ struct BestPath {
 
 // The arcs out of the cells of one utterance.
 template <typename Real> struct Arcs {
-    const Utterance& of;
+    const Utterance of;  // a copy: stores of values cannot change it
     const Span* spans;
     const Real* log_blank;
     const Real* log_label;
@@ -98,10 +98,14 @@ template <typename Real> struct Arcs {
     DEVICE Real blank(long long t, long long u) const { return log_blank[cell(t, u)]; }
     DEVICE Real label(long long t, long long u) const {
         const long long at = cell(t, u);
+        return label_weight(t, log_label[at], topology == CONSTRAINED ? log_blank[at + 1] : Real(0));
+    }
+    // What a label's arc out of frame t weighs: `above` is the log-probability of the blank out of (t, u + 1).
+    DEVICE Real label_weight(long long t, Real own, Real above) const {
         // 2.0 t and not t: the middle of an even number of frames lies between two of them.
-        const Real delayed = delay_penalty == Real(0) ? log_label[at]
-            : log_label[at] + delay_penalty * (Real(0.5) * Real(of.frames - 1 - 2 * t));
-        return topology == CONSTRAINED ? delayed + log_blank[at + 1] : delayed;
+        const Real delayed = delay_penalty == Real(0) ? own
+            : own + delay_penalty * (Real(0.5) * Real(of.frames - 1 - 2 * t));
+        return topology == CONSTRAINED ? delayed + above : delayed;
     }
 };
 
@@ -119,60 +123,140 @@ struct Diagonal {
     }
 };
 
+// The cells of a step: frames [start, end) of a diagonal, or columns [start, end) of a row.
+struct Range { long long start, end; };
+
+// A cell and the log-probabilities behind the arcs into it (ahead) or out of it, as they lie in memory.
+template <typename Real> struct Fetched {
+    long long t, u, cell;  // cell -1: none
+    bool has_blank, has_label;
+    Real blank, label, above;
+};
+
+// The same with its arcs' weights.
+template <typename Semiring> struct Weighted {
+    long long t, u, cell;
+    bool has_blank, has_label;
+    typename Semiring::Value blank, label;
+};
+
 // Walks the lattice of one utterance and leaves the value of every cell in `values`: of all ways from the start to the cell
-// (ahead), or from the cell to the end (else). Returns whether it met a weight that is not finite
-// (coming back it meets every arc, going ahead it does not look).
-template <typename Semiring, typename Real>
-DEVICE bool walk(const Arcs<Real>& arcs, bool ahead, typename Semiring::Value* values, typename Semiring::Value* scratch) {
+// (ahead), or from the cell to the end (else). Meets weights that are not finite coming back, not going ahead: see `bad`.
+template <typename Semiring, bool ahead, typename Real> struct Walk {
     typedef typename Semiring::Value Value;
-    SHARED(Value, exchange, 2 * SHARED_COLUMNS);
-    const Utterance& of = arcs.of;
-    const bool diagonal = arcs.topology == REGULAR;
-    const long long columns = of.labels + 1, steps = diagonal ? of.frames + of.labels : of.frames;
-    Value* const buffer = columns <= SHARED_COLUMNS ? exchange : scratch;
-    Diagonal on = ahead ? Diagonal{0, 0} : Diagonal{of.frames, of.frames};
-    bool bad = false;
-    for (long long i = 0; i < steps; ++i) {
-        const long long step = ahead ? i : steps - 1 - i;
-        Value* const now = buffer + (i & 1) * columns;
-        const Value* const before = buffer + (~i & 1) * columns;
-        if (diagonal && ahead) on.forward(of, arcs.spans, step);
-        if (diagonal && !ahead) on.backward(of, arcs.spans, step);
-        const long long start = diagonal ? on.low : first_label(of, arcs.spans, step);
-        const long long end = diagonal ? on.high : end_label(of, arcs.spans, step);
-        PARALLEL(j, end - start) {
-            const long long t = diagonal ? start + j : step, u = diagonal ? step - t : start + j;
-            if (!in_row(of, arcs.spans, t, u)) continue;
-            const long long cell = arcs.cell(t, u);
-            Value value = Semiring::none();
-            if (ahead) {
-                if (t == 0 && u == 0) value = Semiring::one();
-                if (t > 0 && arcs.has(t - 1, u))
-                    value = Semiring::either(value, Semiring::through(before[u], Semiring::arc(arcs.blank(t - 1, u))));
-                const long long from = diagonal ? t : t - 1;
-                if (arcs.has(from, u - 1) && arcs.has_label(from, u - 1))
-                    value = Semiring::either(value, Semiring::through(before[u - 1], Semiring::arc(arcs.label(from, u - 1))));
-            } else {
-                const Real log_blank = arcs.blank(t, u), own_label = arcs.log_label[cell];
-                // Arcs that lead nowhere count as well: a NaN is an error of the input wherever it is.
-                bad |= !(log_blank <= Real(HIGHEST_WEIGHT)) || !(own_label <= Real(HIGHEST_WEIGHT));
-                if (arcs.has_blank(t, u)) {
-                    const Value rest = arcs.blank_ends(t, u) ? Semiring::one() : before[u];
-                    value = Semiring::through(rest, Semiring::arc(log_blank));
-                }
-                if (arcs.has_label(t, u)) {
-                    const Real log_label = arcs.label(t, u);
-                    bad |= !(log_label <= Real(HIGHEST_WEIGHT));
-                    const Value rest = arcs.label_ends(t, u) ? Semiring::one() : before[u + 1];
-                    value = Semiring::either(value, Semiring::through(rest, Semiring::arc(log_label)));
-                }
-            }
-            now[u] = value;
-            values[cell] = value;
-        }
-        __syncthreads();
+    const Arcs<Real>& arcs;
+    const bool diagonal;
+    const long long steps;
+    Diagonal on;
+    bool bad;
+
+    DEVICE explicit Walk(const Arcs<Real>& arcs)
+        : arcs(arcs), diagonal(arcs.topology == REGULAR),
+          steps(diagonal ? arcs.of.frames + arcs.of.labels : arcs.of.frames),
+          on(ahead ? Diagonal{0, 0} : Diagonal{arcs.of.frames, arcs.of.frames}), bad(false) {}
+
+    DEVICE long long step_of(long long i) const { return ahead ? i : steps - 1 - i; }
+
+    // To be asked for one i after the other.
+    DEVICE Range range(long long i) {
+        if (i >= steps) return {0, 0};
+        const long long step = step_of(i);
+        if (!diagonal) return {first_label(arcs.of, arcs.spans, step), end_label(arcs.of, arcs.spans, step)};
+        if (ahead) on.forward(arcs.of, arcs.spans, step);
+        else on.backward(arcs.of, arcs.spans, step);
+        return {on.low, on.high};
     }
-    return bad;
+
+    // Only loads: nothing here waits for what they bring.
+    DEVICE Fetched<Real> fetch(long long i, Range range, long long j) const {
+        Fetched<Real> found{};
+        found.cell = -1;
+        if (j >= range.end - range.start) return found;
+        const long long t = diagonal ? range.start + j : step_of(i), u = diagonal ? step_of(i) - t : range.start + j;
+        if (!in_row(arcs.of, arcs.spans, t, u)) return found;
+        found.t = t;
+        found.u = u;
+        found.cell = arcs.cell(t, u);
+        const long long from = !ahead || diagonal ? t : t - 1, label = ahead ? u - 1 : u;  // the cell that the label's arc is out of
+        found.has_blank = ahead ? t > 0 && arcs.has(t - 1, u) : arcs.has_blank(t, u);
+        found.has_label = (!ahead || arcs.has(from, label)) && arcs.has_label(from, label);
+        // Coming back, arcs that lead nowhere count as well: a NaN is an error of the input wherever it is.
+        if (found.has_blank || !ahead) found.blank = ahead ? arcs.blank(t - 1, u) : arcs.log_blank[found.cell];
+        if (found.has_label || !ahead) {
+            const long long at = ahead ? arcs.cell(from, label) : found.cell;
+            found.label = arcs.log_label[at];
+            if (found.has_label && arcs.topology == CONSTRAINED) found.above = arcs.log_blank[at + 1];
+        }
+        return found;
+    }
+
+    DEVICE Weighted<Semiring> weighted(const Fetched<Real>& found) {
+        Weighted<Semiring> of{found.t, found.u, found.cell, found.has_blank, found.has_label, Semiring::none(), Semiring::none()};
+        if (found.cell < 0) return of;
+        const Real label = arcs.label_weight(ahead && !diagonal ? found.t - 1 : found.t, found.label, found.above);
+        if (!ahead)
+            bad |= !(found.blank <= Real(HIGHEST_WEIGHT)) || !(found.label <= Real(HIGHEST_WEIGHT)) ||
+                   (found.has_label && !(label <= Real(HIGHEST_WEIGHT)));
+        if (found.has_blank) of.blank = Semiring::arc(found.blank);
+        if (found.has_label) of.label = Semiring::arc(label);
+        return of;
+    }
+
+    // The value of a cell, from those of the step before.
+    DEVICE Value value(const Weighted<Semiring>& of, const Value* before) const {
+        Value value = ahead && of.t == 0 && of.u == 0 ? Semiring::one() : Semiring::none();
+        if (of.has_blank)
+            value = Semiring::through(!ahead && arcs.blank_ends(of.t, of.u) ? Semiring::one() : before[of.u], of.blank);
+        if (of.has_label) {
+            const Value rest = ahead                              ? before[of.u - 1]
+                               : arcs.label_ends(of.t, of.u) ? Semiring::one() : before[of.u + 1];
+            value = Semiring::either(value, Semiring::through(rest, of.label));
+        }
+        return value;
+    }
+
+    // Two steps' values are exchanged in `shared`, or in `scratch` where a lattice is wider.
+    DEVICE void run(Value* values, Value* shared, Value* scratch) {
+        const long long columns = arcs.of.labels + 1;
+        Value* const buffer = columns <= SHARED_COLUMNS ? shared : scratch;
+        const auto take = [&](long long i, const Weighted<Semiring>& of) {
+            if (of.cell < 0) return;
+            values[of.cell] = buffer[(i & 1) * columns + of.u] = value(of, buffer + (~i & 1) * columns);
+        };
+#if defined(HOST)
+        for (long long i = 0; i < steps; ++i) {
+            const Range now = range(i);
+            for (long long j = 0; j < now.end - now.start; ++j) take(i, weighted(fetch(i, now, j)));
+        }
+#else
+        // A step is short, and all of it waits for the step before. So a thread's first cell, in most lattices its only one,
+        // is loaded two steps ahead and its arcs are weighed one step ahead.
+        const long long mine = threadIdx.x;
+        Range now = range(0), next = range(1);
+        Weighted<Semiring> ready = weighted(fetch(0, now, mine));
+        Fetched<Real> fetched = fetch(1, next, mine);
+        for (long long i = 0; i < steps; ++i) {
+            const Range later = range(i + 2);
+            const Fetched<Real> coming = fetch(i + 2, later, mine);
+            take(i, ready);
+            ready = weighted(fetched);
+            for (long long j = mine + blockDim.x; j < now.end - now.start; j += blockDim.x) take(i, weighted(fetch(i, now, j)));
+            __syncthreads();
+            fetched = coming;
+            now = next;
+            next = later;
+        }
+#endif
+    }
+};
+
+// Returns whether it met a weight that is not finite.
+template <typename Semiring, bool ahead, typename Real>
+DEVICE bool walk(const Arcs<Real>& arcs, typename Semiring::Value* values, typename Semiring::Value* shared,
+                 typename Semiring::Value* scratch) {
+    Walk<Semiring, ahead, Real> walk(arcs);
+    walk.run(values, shared, scratch);
+    return walk.bad;
 }
 
 // Whether a row ends below 0, or begins or ends before the one above it: no lattice, and its cells are not all met.
@@ -197,15 +281,18 @@ KERNEL lattice_sums(long long count, const Utterance* utterances, const Span* sp
                     const Real* log_label, long long topology, double delay_penalty, Scaled<Real>* ahead,
                     Scaled<Real>* back, Scaled<Real>* scratch, long long scratch_columns, Real* loss, Real* reported,
                     long long infeasible_as_zero) {
+    typedef SumOfPaths<Real> Paths;
+    SHARED(Scaled<Real>, shared, 2 * SHARED_COLUMNS);
     BLOCKS(item, 2 * count) {
         const long long b = item >> 1;
         const bool forward = (item & 1) == 0;
         const Arcs<Real> arcs{utterances[b], spans, log_blank, log_label, (int)topology, (Real)delay_penalty};
         bool bad = out_of_order(arcs.of, spans);
-        bad |= walk<SumOfPaths<Real>>(arcs, forward, forward ? ahead : back, scratch + item * 2 * scratch_columns);
+        Scaled<Real>* const row = scratch + item * 2 * scratch_columns;
+        bad |= forward ? walk<Paths, true>(arcs, ahead, shared, row) : walk<Paths, false>(arcs, back, shared, row);
         bad = block_any(bad);
         if (forward || threadIdx.x != 0) continue;
-        const double total = has_path(arcs) ? SumOfPaths<Real>::log(back[arcs.cell(0, 0)]) : -infinity<double>();
+        const double total = has_path(arcs) ? Paths::log(back[arcs.cell(0, 0)]) : -infinity<double>();
         const Real value = bad ? nan_value<Real>() : (Real)-total;
         loss[arcs.of.index] = value;
         reported[arcs.of.index] = infeasible_as_zero && value == infinity<Real>() ? Real(0) : value;
@@ -264,15 +351,16 @@ template <typename Real>
 KERNEL lattice_best_path(long long count, const Utterance* utterances, const Span* spans, const Real* log_blank,
                          const Real* log_label, long long topology, double delay_penalty, double* ahead, double* scratch,
                          long long scratch_columns, long long* frames, long long frames_columns, double* score) {
+    SHARED(double, shared, 2 * SHARED_COLUMNS);
     BLOCKS(b, count) {
         const Arcs<Real> arcs{utterances[b], spans, log_blank, log_label, (int)topology, (Real)delay_penalty};
         const Utterance& of = arcs.of;
         double* const row = scratch + b * 2 * scratch_columns;
         // Comes back first, only to learn whether a weight is bad: the way ahead does not visit every arc.
-        const bool bad = block_any(walk<BestPath>(arcs, false, ahead, row) | out_of_order(of, spans));
+        const bool bad = block_any(walk<BestPath, false>(arcs, ahead, shared, row) | out_of_order(of, spans));
         const double best = has_path(arcs) ? ahead[arcs.cell(0, 0)] : -infinity<double>();
         __syncthreads();
-        walk<BestPath>(arcs, true, ahead, row);
+        walk<BestPath, true>(arcs, ahead, shared, row);
         long long* const out = frames + of.index * frames_columns;
         PARALLEL(u, frames_columns) out[u] = -1;
         __syncthreads();

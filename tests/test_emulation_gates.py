@@ -45,7 +45,7 @@ BARRIER = "    __syncthreads();\n"
 DEFECTS = [
     Defect(
         "step-without-barrier", "thread", "lattice.cu",
-        "        __syncthreads();\n    }\n    return bad;", "    }\n    return bad;", RACE,
+        "            __syncthreads();\n            fetched = coming;", "            fetched = coming;", RACE,
     ),
     Defect("scan-without-barrier", "thread", "processor.cuh", SCANNED + BARRIER, SCANNED, RACE, kernels="compact.cu"),
     Defect(

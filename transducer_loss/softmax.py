@@ -12,8 +12,10 @@ from transducer_loss.shard import Shard
 _CELLS_OF_BLOCK = 1024
 """As in the kernels where a cell is a few numbers."""
 
-_PER_THREAD = 16
-"""Numbers of a row that a thread of the kernels holds at once: see `InPackets`."""
+
+def _per_thread(logits: Any) -> int:
+    """Numbers of a row that a thread of the kernels holds at once: see `InPackets`."""
+    return 4 if logits.dtype.name == "float64" else 16
 
 
 class Arcs(NamedTuple):
@@ -49,8 +51,8 @@ def forward(
     processor.launch(
         f"softmax_forward<{logits.dtype.name}>", count, classes,
         count, begin, group.table, group.count, group.spans, logits, *_strides(logits), classes, *_place(shard, classes),
-        bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, log_sum, per_thread=_PER_THREAD,
-        alone=alone,
+        bias, *targets.arguments, options.blank, options.distribution, int(keep), *arcs, log_sum, alone=alone,
+        per_thread=_per_thread(logits),
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def backward(
         f"softmax_backward<{logits.dtype.name},{gradient.dtype.name}>", cells, classes,
         cells, begin, kept, group.table, group.count, group.spans, logits, int(retained), classes,
         _place(shard, classes)[0], bias, *targets.arguments, options.blank, options.distribution, normaliser, *occupancy,
-        weights, weight, gradient, per_thread=_PER_THREAD, alone=True,
+        weights, weight, gradient, per_thread=_per_thread(logits), alone=True,
     )  # fmt: skip
 
 
@@ -107,5 +109,5 @@ def backward_logits(
         f"softmax_backward_logits<{logits.dtype.name}>", rows, classes,
         rows, group.table, group.count, group.spans, frames, columns, logits, *_strides(logits), classes,
         *targets.arguments, options.blank, options.distribution, normaliser, *occupancy, weights,
-        clamp, gradient, *_strides(gradient)[1:], per_thread=_PER_THREAD,
+        clamp, gradient, *_strides(gradient)[1:], per_thread=_per_thread(logits),
     )  # fmt: skip
