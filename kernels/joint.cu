@@ -118,70 +118,124 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
     }
 }
 
+// The first item from i on, or n, whose cell is not below `limit`: cells only grow.
+DEVICE long long first_not_below(const long long* cells, long long begin, long long i, long long n, long long limit) {
+    const long long first = cells ? cells[begin + i] : begin + i;
+    long long low = i, high = smaller(n, i + limit - first);
+    while (cells && low < high) {
+        const long long middle = (low + high) / 2;
+        if (cells[begin + middle] < limit) low = middle + 1;
+        else high = middle;
+    }
+    return high;
+}
+
+// Cells whose numbers are loaded before those of the first are needed, as many as registers hold. A block of one thread looks
+// ahead by itself.
+#if defined(HOST)
+template <typename Real> static constexpr int CELLS_AT_ONCE = 1;
+#else
+template <typename Real> static constexpr int CELLS_AT_ONCE = 32 / (int)sizeof(Real);
+#endif
+
+// A feature of one cell: the gradient by it, itself, and the activation's argument.
+template <typename Real> struct FeatureOf {
+    Real gradient, value, argument;
+    // The gradient by the argument, with what dropout made of the feature, `kept`, or without dropout.
+    template <typename Kind> DEVICE Real back(Kind) const { return gradient * Kind::slope(argument, value); }
+    template <typename Kind> DEVICE Real back(Kind, Real kept) const {
+        return gradient * kept * Kind::slope(argument, Kind::value(argument));
+    }
+};
+
 // dHidden of the tile [begin, begin + n), in place times the slope of the activation; and its sum over each frame's cells,
-// added to dE, or where gradient_frames is 0 to an array of the group's rows. One block per cell, of which those that begin a
-// frame in the tile work, down to the frame's end.
+// added to dE, or where gradient_frames is 0 to an array of the group's rows. `slices` blocks per cell, each with its part of
+// the features, of which those of cells that begin a frame in the tile work, down to the frame's end.
 template <typename In, typename Hidden>
 KERNEL joint_backward_encoder(long long n, long long begin, const long long* cells, const Utterance* utterances,
                               long long count, const Span* spans, const In* encoder, long long encoder_by_utterance,
                               long long encoder_by_frame, const In* predictor, long long predictor_by_utterance,
                               long long predictor_by_label, long long features, long long activation, double dropout,
                               long long seed, const Compute<In>* loss, const Hidden* hidden,
-                              Compute<In>* hidden_gradient, Compute<In>* encoder_gradient, long long gradient_frames) {
+                              Compute<In>* hidden_gradient, Compute<In>* encoder_gradient, long long gradient_frames,
+                              long long slices) {
     typedef Compute<In> Real;
+    constexpr int AT_ONCE = CELLS_AT_ONCE<Real>;
     const Dropout<Real> drop(seed, dropout);
-    BLOCKS(i, n) {
+    const long long width = (features + slices - 1) / slices;
+    BLOCKS(item, n * slices) {
+        const long long i = item / slices, low = item % slices * width, high = smaller(low + width, features);
         const long long cell = cells ? cells[begin + i] : begin + i;
         const Cell at = locate(utterances, count, spans, cell);
         const Utterance& of = utterances[at.utterance];
         const long long row_begin = of.cells + at.frame * of.width, row_end = row_begin + of.width;
         if (i > 0 && (cells ? cells[begin + i - 1] : cell - 1) >= row_begin) continue;
         if (!is_finite(loss[of.index])) {  // its features may be NaN, and 0 * NaN is NaN
-            for (long long j = i; j < n && (cells ? cells[begin + j] : begin + j) < row_end; ++j)
-                PARALLEL(h, features) hidden_gradient[j * features + h] = Real(0);
+            const long long end = first_not_below(cells, begin, i, n, row_end);
+            for (long long j = i; j < end; ++j)
+                PARALLEL(h, high - low) hidden_gradient[j * features + low + h] = Real(0);
             continue;
         }
-        const long long start = first_label(of, spans, at.frame), end = end_label(of, spans, at.frame);
+        const long long start = first_label(of, spans, at.frame);
+        const long long end = first_not_below(cells, begin, i, n, row_begin + end_label(of, spans, at.frame) - start);
         const In* const e = encoder + of.encoder * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance;
         const long long row = gradient_frames ? of.encoder * gradient_frames : of.rows;
         Real* const sum_out = encoder_gradient + (row + at.frame) * features;
-        with_activation(activation, [&](auto kind) {
-            for (long long h0 = (long long)threadIdx.x * COLUMNS; h0 < features; h0 += (long long)blockDim.x * COLUMNS) {
-                const int lanes = (int)smaller((long long)COLUMNS, features - h0);
-                Real sum[COLUMNS] = {};
-                for (long long j = i; j < n; ++j) {
-                    const long long other = cells ? cells[begin + j] : begin + j;
-                    if (other >= row_end) break;
-                    const long long u = start + other - row_begin;
-                    if (u >= end) break;
-                    Real* const d = hidden_gradient + j * features + h0;
-                    const Hidden* const a = hidden + j * features + h0;
-                    const In* const p_u = p + u * predictor_by_label + h0;
-                    const In* const e_t = e + h0;
-                    if (drop.threshold == 0) {
-                        SIMD
-                        for (int k = 0; k < lanes; ++k) {
-                            const Real z = Real(load(e_t + k)) + Real(load(p_u + k));
-                            const Real value = d[k] * kind.slope(z, Real(load(a + k)));
-                            d[k] = value;
-                            sum[k] += value;
-                        }
-                    } else {
-                        SIMD
-                        for (int k = 0; k < lanes; ++k) {
-                            const Real z = Real(load(e_t + k)) + Real(load(p_u + k));
-                            const Real kept = drop.factor(of.index, at.frame, u, h0 + k);
-                            const Real value = d[k] * kept * kind.slope(z, kind.value(z));
-                            d[k] = value;
-                            sum[k] += value;
+        const auto label = [&](long long j) { return start + (cells ? cells[begin + j] : begin + j) - row_begin; };
+        const auto feature = [&](long long j, const In* p_u, long long h) {
+            return FeatureOf<Real>{hidden_gradient[j * features + h], Real(load(hidden + j * features + h)),
+                                   Real(load(e + h)) + Real(load(p_u + h))};
+        };
+        if constexpr (AT_ONCE == 1) {
+            with_activation(activation, [&](auto kind) {
+                for (long long h0 = low; h0 < high; h0 += COLUMNS) {
+                    const int lanes = (int)smaller((long long)COLUMNS, high - h0);
+                    Real sum[COLUMNS] = {};
+                    for (long long j = i; j < end; ++j) {
+                        const long long u = label(j);
+                        const In* const p_u = p + u * predictor_by_label;
+                        Real* const d = hidden_gradient + j * features + h0;
+                        if (drop.threshold == 0) {
+                            SIMD
+                            for (int k = 0; k < lanes; ++k) sum[k] += d[k] = feature(j, p_u, h0 + k).back(kind);
+                        } else {
+                            SIMD
+                            for (int k = 0; k < lanes; ++k)
+                                sum[k] += d[k] = feature(j, p_u, h0 + k).back(kind, drop.factor(of.index, at.frame, u, h0 + k));
                         }
                     }
+                    SIMD
+                    for (int k = 0; k < lanes; ++k) sum_out[h0 + k] += sum[k];
                 }
-                SIMD
-                for (int k = 0; k < lanes; ++k) sum_out[h0 + k] += sum[k];
+            });
+        } else {
+            PARALLEL(column, high - low) {
+                const long long h = low + column;
+                Real sum = 0;
+                for (long long j0 = i; j0 < end; j0 += AT_ONCE) {
+                    FeatureOf<Real> loaded[AT_ONCE];
+                    Real kept[AT_ONCE];
+                    UNROLLED
+                    for (int c = 0; c < AT_ONCE; ++c)
+                        if (j0 + c < end) loaded[c] = feature(j0 + c, p + label(j0 + c) * predictor_by_label, h);
+                    if (drop.threshold != 0) {
+                        UNROLLED
+                        for (int c = 0; c < AT_ONCE; ++c)
+                            kept[c] = j0 + c < end ? drop.factor(of.index, at.frame, label(j0 + c), h) : Real(0);
+                    }
+                    with_activation(activation, [&](auto kind) {
+                        UNROLLED
+                        for (int c = 0; c < AT_ONCE; ++c) {
+                            if (j0 + c >= end) continue;
+                            const Real value = drop.threshold == 0 ? loaded[c].back(kind) : loaded[c].back(kind, kept[c]);
+                            sum += hidden_gradient[(j0 + c) * features + h] = value;
+                        }
+                    });
+                }
+                sum_out[h] += sum;
             }
-        });
+        }
     }
 }
 

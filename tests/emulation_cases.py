@@ -486,6 +486,12 @@ def _cases() -> list[Case]:
         *(joint_case(f"joint-{activation}", frames=[2, 1], lengths=[1, 2], dtype=dtype,
                      options={"activation": activation, "dropout": dropout})
           for activation in ACTIVATIONS for dtype, dropout in (("float32", 0.0), ("float64", 0.3))),
+        # Features for several blocks of a frame, more cells than are loaded at once; with cells dropped, all there, and a NaN.
+        *(joint_case(f"joint-300-features-{name}", features=300, classes=5, frames=[3, 1], lengths=[19, 2], cuda=True, dtype=dtype,
+                     options={"occupancy_floor": floor, "dropout": dropout, "activation": activation, "weights": [-1.0, 2.0]})
+          for name, dtype, floor, dropout, activation in (("bfloat16", "bfloat16", 0.0, 0.0, "silu"),
+                                                          ("float32", "float32", 0.01, 0.0, "tanh"),
+                                                          ("float64", "float64", 0.01, 0.3, "gelu"))),
         joint_case("joint-hat", options={"hat": True}),
         joint_case("joint-no-bias", bias=False, options={"occupancy_floor": 0.0}),
         *(joint_case(f"joint-{topology}", options={"topology": topology, "occupancy_floor": 0.02, **every})

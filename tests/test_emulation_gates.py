@@ -219,6 +219,10 @@ DEFECTS = [
         "labels[item] >= 0 && labels[item] < classes ? labels[item] : -1", "labels[item]", "AddressSanitizer", "reduced-unchecked",
     ),
     Defect(
+        "cells-of-the-next-frame", "address", "joint.cu", "if (j0 + c >= end) continue;", "",
+        "heap-buffer-overflow|Not equal to tolerance", "joint-300-features-float32", only="joint_backward_encoder, float32, float32",
+    ),
+    Defect(
         "frames-that-an-encoder-has-not", "address", "joint.cu", "if (t >= of.frames || (i > 0", "if ((i > 0",
         "heap-buffer-overflow|Not equal to tolerance", "shared-float32", only="joint_backward_shared",
     ),

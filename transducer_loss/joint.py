@@ -8,6 +8,8 @@ from typing import Any
 from transducer_loss.arrays import element_strides
 from transducer_loss.cells import Group
 
+_FEATURES_OF_BLOCK = 128
+
 ACTIVATIONS = ("tanh", "relu", "leaky_relu", "sigmoid", "gelu", "gelu_tanh", "silu", "identity")
 
 
@@ -58,15 +60,17 @@ def backward(
     """
     table, count = group.select(*utterances)
     source = joint.encoder.dtype.name
+    # On CUDA a tile has too few frames for all multiprocessors.
+    slices = 1 if processor.host else -(-joint.features // _FEATURES_OF_BLOCK)
     processor.launch(
-        f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden), joint.features,
+        f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden) * slices, -(-joint.features // slices),
         len(hidden), begin, kept, table, count, group.spans, *joint.inputs, loss, hidden, hidden_gradient,
-        encoder_gradient, 0 if encoder_gradient.ndim == 2 else encoder_gradient.shape[1], alone=True,
+        encoder_gradient, 0 if encoder_gradient.ndim == 2 else encoder_gradient.shape[1], slices, per_thread=1, alone=True,
     )  # fmt: skip
     processor.launch(
         f"joint_backward_predictor<{hidden_gradient.dtype.name}>", count * group.columns, joint.features,
         group.columns, len(hidden), begin, kept, positions, table, count, group.spans, joint.features, hidden_gradient,
-        predictor_gradient, predictor_gradient.shape[1], carried - utterances[0], carry, alone=True,
+        predictor_gradient, predictor_gradient.shape[1], carried - utterances[0], carry, per_thread=1, alone=True,
     )  # fmt: skip
 
 
