@@ -135,7 +135,7 @@ DEVICE long long first_not_below(const long long* cells, long long begin, long l
 #if defined(HOST)
 template <typename Real> static constexpr int CELLS_AT_ONCE = 1;
 #else
-template <typename Real> static constexpr int CELLS_AT_ONCE = 32 / (int)sizeof(Real);
+template <typename Real> static constexpr int CELLS_AT_ONCE = 24 / (int)sizeof(Real);
 #endif
 
 // A feature of one cell: the gradient by it, itself, and the activation's argument.
@@ -149,8 +149,8 @@ template <typename Real> struct FeatureOf {
 };
 
 // dHidden of the tile [begin, begin + n), in place times the slope of the activation; and its sum over each frame's cells,
-// added to dE, or where gradient_frames is 0 to an array of the group's rows. `slices` blocks per cell, each with its part of
-// the features, of which those of cells that begin a frame in the tile work, down to the frame's end.
+// added to dE, or where gradient_frames is 0 to an array of the group's rows. A cell has a block for every `width` of the features;
+// it works only if the cell is its frame's first in the tile, and then goes down to the frame's end.
 template <typename In, typename Hidden>
 KERNEL joint_backward_encoder(long long n, long long begin, const long long* cells, const Utterance* utterances,
                               long long count, const Span* spans, const In* encoder, long long encoder_by_utterance,
@@ -158,11 +158,11 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                               long long predictor_by_label, long long features, long long activation, double dropout,
                               long long seed, const Compute<In>* loss, const Hidden* hidden,
                               Compute<In>* hidden_gradient, Compute<In>* encoder_gradient, long long gradient_frames,
-                              long long slices) {
+                              long long width) {
     typedef Compute<In> Real;
     constexpr int AT_ONCE = CELLS_AT_ONCE<Real>;
     const Dropout<Real> drop(seed, dropout);
-    const long long width = (features + slices - 1) / slices;
+    const long long slices = (features + width - 1) / width;
     BLOCKS(item, n * slices) {
         const long long i = item / slices, low = item % slices * width, high = smaller(low + width, features);
         const long long cell = cells ? cells[begin + i] : begin + i;
@@ -183,9 +183,9 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
         const long long row = gradient_frames ? of.encoder * gradient_frames : of.rows;
         Real* const sum_out = encoder_gradient + (row + at.frame) * features;
         const auto label = [&](long long j) { return start + (cells ? cells[begin + j] : begin + j) - row_begin; };
-        const auto feature = [&](long long j, const In* p_u, long long h) {
+        const auto feature = [&](long long j, Real e_h, const In* p_u, long long h) {
             return FeatureOf<Real>{hidden_gradient[j * features + h], Real(load(hidden + j * features + h)),
-                                   Real(load(e + h)) + Real(load(p_u + h))};
+                                   e_h + Real(load(p_u + h))};
         };
         if constexpr (AT_ONCE == 1) {
             with_activation(activation, [&](auto kind) {
@@ -198,11 +198,14 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
                         Real* const d = hidden_gradient + j * features + h0;
                         if (drop.threshold == 0) {
                             SIMD
-                            for (int k = 0; k < lanes; ++k) sum[k] += d[k] = feature(j, p_u, h0 + k).back(kind);
+                            for (int k = 0; k < lanes; ++k)
+                                sum[k] += d[k] = feature(j, Real(load(e + h0 + k)), p_u, h0 + k).back(kind);
                         } else {
                             SIMD
-                            for (int k = 0; k < lanes; ++k)
-                                sum[k] += d[k] = feature(j, p_u, h0 + k).back(kind, drop.factor(of.index, at.frame, u, h0 + k));
+                            for (int k = 0; k < lanes; ++k) {
+                                const Real kept = drop.factor(of.index, at.frame, u, h0 + k);
+                                sum[k] += d[k] = feature(j, Real(load(e + h0 + k)), p_u, h0 + k).back(kind, kept);
+                            }
                         }
                     }
                     SIMD
@@ -212,17 +215,19 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
         } else {
             PARALLEL(column, high - low) {
                 const long long h = low + column;
+                const Real e_h = Real(load(e + h));
                 Real sum = 0;
                 for (long long j0 = i; j0 < end; j0 += AT_ONCE) {
+                    // The last cell stands in for those past it: a branch between loads would wait for the one before.
+                    const auto cell_of = [&](int c) { return smaller(j0 + c, end - 1); };
                     FeatureOf<Real> loaded[AT_ONCE];
-                    Real kept[AT_ONCE];
+                    Real kept[AT_ONCE] = {};
                     UNROLLED
                     for (int c = 0; c < AT_ONCE; ++c)
-                        if (j0 + c < end) loaded[c] = feature(j0 + c, p + label(j0 + c) * predictor_by_label, h);
+                        loaded[c] = feature(cell_of(c), e_h, p + label(cell_of(c)) * predictor_by_label, h);
                     if (drop.threshold != 0) {
                         UNROLLED
-                        for (int c = 0; c < AT_ONCE; ++c)
-                            kept[c] = j0 + c < end ? drop.factor(of.index, at.frame, label(j0 + c), h) : Real(0);
+                        for (int c = 0; c < AT_ONCE; ++c) kept[c] = drop.factor(of.index, at.frame, label(cell_of(c)), h);
                     }
                     with_activation(activation, [&](auto kind) {
                         UNROLLED

@@ -141,14 +141,14 @@ template <typename Semiring> struct Weighted {
 };
 
 // Walks the lattice of one utterance and leaves the value of every cell in `values`: of all ways from the start to the cell
-// (ahead), or from the cell to the end (else). Meets weights that are not finite coming back, not going ahead: see `bad`.
+// (ahead), or from the cell to the end (else).
 template <typename Semiring, bool ahead, typename Real> struct Walk {
     typedef typename Semiring::Value Value;
     const Arcs<Real>& arcs;
     const bool diagonal;
     const long long steps;
     Diagonal on;
-    bool bad;
+    bool bad;  // whether a weight is not finite: only coming back are all arcs looked at
 
     DEVICE explicit Walk(const Arcs<Real>& arcs)
         : arcs(arcs), diagonal(arcs.topology == REGULAR),
@@ -167,7 +167,7 @@ template <typename Semiring, bool ahead, typename Real> struct Walk {
         return {on.low, on.high};
     }
 
-    // Only loads: nothing here waits for what they bring.
+    // Only loads: but for a band's rows, nothing here waits for what they bring.
     DEVICE Fetched<Real> fetch(long long i, Range range, long long j) const {
         Fetched<Real> found{};
         found.cell = -1;
@@ -234,17 +234,21 @@ template <typename Semiring, bool ahead, typename Real> struct Walk {
         const long long mine = threadIdx.x;
         Range now = range(0), next = range(1);
         Weighted<Semiring> ready = weighted(fetch(0, now, mine));
-        Fetched<Real> fetched = fetch(1, next, mine);
-        for (long long i = 0; i < steps; ++i) {
+        const auto step = [&](long long i, const Fetched<Real>& fetched, Fetched<Real>& coming) {
             const Range later = range(i + 2);
-            const Fetched<Real> coming = fetch(i + 2, later, mine);
+            coming = fetch(i + 2, later, mine);
             take(i, ready);
             ready = weighted(fetched);
             for (long long j = mine + blockDim.x; j < now.end - now.start; j += blockDim.x) take(i, weighted(fetch(i, now, j)));
             __syncthreads();
-            fetched = coming;
             now = next;
             next = later;
+        };
+        // Two by turns, as a copy would wait for what is loaded. Past the last step there are no cells.
+        Fetched<Real> odd = fetch(1, next, mine), even;
+        for (long long i = 0; i < steps; i += 2) {
+            step(i, odd, even);
+            step(i + 1, even, odd);
         }
 #endif
     }

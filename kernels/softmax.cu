@@ -64,23 +64,25 @@ template <typename Real> DEVICE Real base_of(Real highest) { return highest > -i
 template <typename R> DEVICE Exponentials<typename R::Real> sum_row(const R row, long long classes, long long omitted, bool keep) {
     typedef typename R::Real Real;
     if constexpr (R::in_packets) {
-        InPackets<R> held(row, row, classes);
+        InPackets<R> held(row, classes);
         const auto unless_omitted = [omitted](Real x, long long v) { return v == omitted ? -infinity<Real>() : x; };
-        const auto load = [&] {
+        const auto load_logits = [&] {
             held.load_batch();
             if (omitted >= 0) held.each([&](Real& x, long long v) { x = unless_omitted(x, v); });
         };
-        Real at_edge = held.edge >= 0 ? unless_omitted(row.logit(held.edge), held.edge) : -infinity<Real>();
-        Real highest = at_edge, sum = 0;
+        Real highest = -infinity<Real>(), sum = 0;
+        held.load_edge();
         held.each_batch([&] {
-            load();
+            load_logits();
             held.each([&](Real& x, long long) { highest = x > highest ? x : highest; });
         });
+        Real at_edge = held.edge >= 0 ? unless_omitted(held.edge_logit(), held.edge) : -infinity<Real>();
+        highest = at_edge > highest ? at_edge : highest;  // a NaN is left to the sum
         const Real base = base_of(block_max(highest));
         at_edge = exponential(at_edge - base);
         if (keep && held.edge >= 0) store(row.at(held.edge), at_edge);
         held.each_batch([&] {
-            if (!held.one_batch()) load();
+            if (!held.one_batch()) load_logits();
             held.each([&](Real& x, long long) { sum += x = exponential(x - base); });
             if (keep) held.store_batch();
         });
@@ -96,7 +98,7 @@ template <typename R> DEVICE Exponentials<typename R::Real> sum_row(const R row,
 // out[v] = value for all v.
 template <typename Out, typename Real> DEVICE void fill_row(const Out out, long long classes, Real value) {
     if constexpr (Out::in_packets) {
-        InPackets<Out> held(out, out, classes);
+        InPackets<Out> held(out, classes);
         if (held.edge >= 0) store(out.at(held.edge), value);
         held.each([&](Real& x, long long) { x = value; });
         held.each_batch([&] { held.store_batch(); });
@@ -110,12 +112,13 @@ template <typename Out, typename Real> DEVICE void fill_row(const Out out, long 
 template <typename In, typename Out, typename F> DEVICE void map_row(const In in, const Out out, long long classes, const F of) {
     if constexpr (In::in_packets && Out::in_packets) {
         InPackets<In, Out> held(in, out, classes);
-        if (held.edge >= 0) store(out.at(held.edge), of(in.logit(held.edge)));
+        held.load_edge();
         held.each_batch([&] {
             held.load_batch();
             held.each([&](typename In::Real& x, long long) { x = of(x); });
             held.store_batch();
         });
+        if (held.edge >= 0) store(out.at(held.edge), of(held.edge_logit()));
     } else {
         SIMD
         PARALLEL(v, classes) store(out.at(v), of(in.logit(v)));

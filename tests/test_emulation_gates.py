@@ -15,6 +15,7 @@ from emulation import Builds, Driver, Emulated, KernelFault, sources
 from emulation_cases import CASES as LOSSES
 from emulation_cases import Case, expect_equal
 from emulation_system_cases import CASES as SYSTEMS
+from transducer_loss.arrays import FLOATS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sanitizers' options and libraries are those of Linux")
 
@@ -33,8 +34,6 @@ class Defect:
     case: str = "joint-float32"
     kernels: str = ""
     """The file of the kernels that show it, where the defect is in a header."""
-    only: str = ""
-    """The kernel that shows it, where to compile all of the file would take long."""
 
 
 RACE = "ThreadSanitizer: data race"
@@ -45,7 +44,7 @@ BARRIER = "    __syncthreads();\n"
 DEFECTS = [
     Defect(
         "step-without-barrier", "thread", "lattice.cu",
-        "            __syncthreads();\n            fetched = coming;", "            fetched = coming;", RACE,
+        "            __syncthreads();\n            now = next;", "            now = next;", RACE,
     ),
     Defect("scan-without-barrier", "thread", "processor.cuh", SCANNED + BARRIER, SCANNED, RACE, kernels="compact.cu"),
     Defect(
@@ -63,21 +62,24 @@ DEFECTS = [
     Defect(
         "packet-off-its-boundary", "address", "rows.cuh",
         "smaller((N - past_boundary<N>(out.start)) % N, classes)", "0", "misaligned address", "logits-1101-classes-float32-padded",
-        "softmax.cu", "softmax_forward, float32",
+        "softmax.cu",
     ),
     Defect(
         "packet-beyond-the-row", "address", "rows.cuh",
         "(classes - head) / N", "(classes - head + N - 1) / N", DIFFERENT, "logits-1101-classes-float32-padded",
-        "softmax.cu", "softmax_forward, float32",
+        "softmax.cu",
     ),
     Defect(
         "last-batch-for-all", "address", "softmax.cu",
-        "if (!held.one_batch()) load();", "", DIFFERENT, "logits-1101-classes-float32-padded", only="softmax_forward, float32",
+        "if (!held.one_batch()) load_logits();", "", DIFFERENT, "logits-1101-classes-float32-padded",
+    ),
+    Defect(
+        "packet-of-another-place", "address", "rows.cuh", "store_packet(out.at(v), packet);",
+        "store_packet(out.at(v >= 2 * N ? v - N : v), packet);", DIFFERENT, "logits-1101-classes-bfloat16-packed", "softmax.cu",
     ),
     Defect(
         "row-without-its-edges", "address", "softmax.cu",
         "block_sum(sum + at_edge)", "block_sum(sum)", DIFFERENT, "logits-1101-classes-float32-padded",
-        only="softmax_forward, float32",
     ),
     Defect(
         "index-one-too-far", "address", "compact.cu",
@@ -220,11 +222,11 @@ DEFECTS = [
     ),
     Defect(
         "cells-of-the-next-frame", "address", "joint.cu", "if (j0 + c >= end) continue;", "",
-        "heap-buffer-overflow|Not equal to tolerance", "joint-300-features-float32", only="joint_backward_encoder, float32, float32",
+        "heap-buffer-overflow|Not equal to tolerance", "joint-300-features-float32",
     ),
     Defect(
         "frames-that-an-encoder-has-not", "address", "joint.cu", "if (t >= of.frames || (i > 0", "if ((i > 0",
-        "heap-buffer-overflow|Not equal to tolerance", "shared-float32", only="joint_backward_shared",
+        "heap-buffer-overflow|Not equal to tolerance", "shared-float32",
     ),
 ]  # fmt: skip
 
@@ -233,28 +235,34 @@ def case_of(name: str) -> Case:
     return next(case for case in [*LOSSES, *SYSTEMS] if case.name == name)
 
 
-def with_defect(defect: Defect, folder: Path) -> Path:
-    """A copy of the kernels with the defect, and of them only those that show it, as they are quick to compile."""
+def with_defect(defect: Defect, launched: set[str], folder: Path) -> Path:
+    """A copy of the kernels with the defect, and of the file that shows it what is launched: all would take long to compile."""
     for file in sources():
         shutil.copy(file, folder)
     broken = folder / defect.file
     text = broken.read_text()
     assert text.count(defect.old) == 1
-    text = text.replace(defect.old, defect.new)
-    if defect.only:
-        text = re.sub(rf"EXPORT\((?!{defect.only}).*\)\n", "", text)
-    broken.write_text(text)
+    broken.write_text(text.replace(defect.old, defect.new))
+
+    def those_launched(found: re.Match[str]) -> str:
+        name, *types = found[2].split(", ")
+        instances = [[kind] for kind in FLOATS] if found[1] else [types]
+        wanted = [each for each in instances if (f"{name}<{','.join(each)}>" if each else name) in launched]
+        return "".join(f"EXPORT({', '.join([name, *each])})\n" for each in wanted)
+
+    kernels = folder / (defect.kernels or defect.file)
+    kernels.write_text(re.sub(r"^EXPORT(_FLOATS)?\((.*)\)\n", those_launched, kernels.read_text(), flags=re.MULTILINE))
     host = folder / "host.cpp"
-    wanted = defect.kernels or defect.file
-    host.write_text(re.sub(r'#include "(\w+\.cu)"\n', lambda found: found[0] if found[1] == wanted else "", host.read_text()))
+    host.write_text(re.sub(r'#include "(\w+\.cu)"\n', lambda found: found[0] if found[1] == kernels.name else "", host.read_text()))
     return folder
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
-    program = builds.start(defect.sanitizer, with_defect(defect, tmp_path))()
     case = case_of(defect.case)
-    expected = case.on(case.plain())
+    plain = case.plain()
+    expected = case.on(plain)
+    program = builds.start(defect.sanitizer, with_defect(defect, plain.launched, tmp_path))()
     patience = {"EMULATOR_PATIENCE": "1"} if "hang" in defect.seen else None
     with contextlib.closing(Driver(program, patience)) as driver, pytest.raises(AssertionError) as fault:
         # A race is seen where its two threads come close enough, which on a busy machine they may not at once.
@@ -267,7 +275,7 @@ def test_defect_is_seen(defect: Defect, builds: Builds, tmp_path: Path) -> None:
 def compact(builds: Builds, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulated]:
     """One file of the kernels as it is."""
     untouched = Defect("none", "address", "processor.cuh", SCANNED, SCANNED, "", kernels="compact.cu")
-    kernels = with_defect(untouched, tmp_path_factory.mktemp("kernels"))
+    kernels = with_defect(untouched, {"compact_scan"}, tmp_path_factory.mktemp("kernels"))
     with contextlib.closing(Driver(builds.start("address", kernels)())) as driver:
         yield Emulated(driver, 64)
 

@@ -269,10 +269,13 @@ class Engine:
         return [int(starts[i]) for i in np.searchsorted(starts, wanted)]
 
     def _utterances(self, group: Group, kept: compact.Kept, begin: int, end: int) -> tuple[int, int]:
-        """Utterances of the group that have one of the kept cells [begin, end); on CUDA only the device knows."""
-        if not self.processor.host:
+        """Utterances of the group that have one of the kept cells [begin, end), or all where only the device knows."""
+        if kept.cells is None:
+            cells = begin, end - 1
+        elif self.processor.host:
+            cells = kept.cells.view(np.int64)[[begin, end - 1]]
+        else:
             return 0, group.count
-        cells = (begin, end - 1) if kept.cells is None else kept.cells.view(np.int64)[[begin, end - 1]]
         low, high = np.searchsorted(group.offsets, cells, side="right") - 1
         return int(low), int(high) + 1
 

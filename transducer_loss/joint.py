@@ -61,11 +61,11 @@ def backward(
     table, count = group.select(*utterances)
     source = joint.encoder.dtype.name
     # On CUDA a tile has too few frames for all multiprocessors.
-    slices = 1 if processor.host else -(-joint.features // _FEATURES_OF_BLOCK)
+    width = joint.features if processor.host else _FEATURES_OF_BLOCK
     processor.launch(
-        f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden) * slices, -(-joint.features // slices),
+        f"joint_backward_encoder<{source},{hidden.dtype.name}>", len(hidden) * -(-joint.features // width), width,
         len(hidden), begin, kept, table, count, group.spans, *joint.inputs, loss, hidden, hidden_gradient,
-        encoder_gradient, 0 if encoder_gradient.ndim == 2 else encoder_gradient.shape[1], slices, per_thread=1, alone=True,
+        encoder_gradient, 0 if encoder_gradient.ndim == 2 else encoder_gradient.shape[1], width, per_thread=1, alone=True,
     )  # fmt: skip
     processor.launch(
         f"joint_backward_predictor<{hidden_gradient.dtype.name}>", count * group.columns, joint.features,

@@ -14,8 +14,10 @@ _CELLS_OF_BLOCK = 1024
 
 
 def _per_thread(logits: Any) -> int:
-    """Numbers of a row that a thread of the kernels holds at once: see `InPackets`."""
-    return 4 if logits.dtype.name == "float64" else 16
+    """Numbers of a row for one thread of the kernels: as many as it holds at once where the row lies dense (`InPackets`)."""
+    if element_strides(logits)[-1] != 1:
+        return 4
+    return 2 if logits.dtype.name == "float64" else 16
 
 
 class Arcs(NamedTuple):
