@@ -58,7 +58,7 @@ def check(case: Case, driver: Driver) -> None:
         expect_equal(found, arrays_of(case.wanted()), case)
 
 
-# Blocks of hundreds of threads, and many tiles: five seconds and more each where every access is watched.
+# Blocks of hundreds of threads, and many tiles: five to fifteen seconds each where every access is watched.
 LONG = re.compile("block-1024|wide|made-again|groups|strips|reduced-backward-alike|many-rows")
 
 
@@ -66,7 +66,7 @@ def _runs() -> list[Any]:
     return [
         pytest.param(
             sanitizer, case, id=f"{sanitizer}-{case.name}",
-            marks=pytest.mark.slow if sanitizer == "thread" and LONG.search(case.name) else [],
+            marks=pytest.mark.slow if LONG.search(case.name) else [],
         )
         for sanitizer in SANITIZERS
         for case in CASES
