@@ -118,16 +118,10 @@ KERNEL joint_forward(long long n, long long begin, const long long* cells, const
     }
 }
 
-// The first item from i on, or n, whose cell is not below `limit`: cells only grow.
-DEVICE long long first_not_below(const long long* cells, long long begin, long long i, long long n, long long limit) {
-    const long long first = cells ? cells[begin + i] : begin + i;
-    long long low = i, high = smaller(n, i + limit - first);
-    while (cells && low < high) {
-        const long long middle = (low + high) / 2;
-        if (cells[begin + middle] < limit) low = middle + 1;
-        else high = middle;
-    }
-    return high;
+// The first item after i, or n, whose cell is not below `limit`; not above i where its own is not. Cells only grow.
+DEVICE long long end_of_cells(const long long* cells, long long begin, long long i, long long n, long long limit) {
+    const long long most = smaller(n, i + limit - (cells ? cells[begin + i] : begin + i));
+    return cells ? first_not_below(cells + begin, i, most, limit) : most;
 }
 
 // Cells whose numbers are loaded before those of the first are needed, as many as registers hold. A block of one thread looks
@@ -171,13 +165,13 @@ KERNEL joint_backward_encoder(long long n, long long begin, const long long* cel
         const long long row_begin = of.cells + at.frame * of.width, row_end = row_begin + of.width;
         if (i > 0 && (cells ? cells[begin + i - 1] : cell - 1) >= row_begin) continue;
         if (!is_finite(loss[of.index])) {  // its features may be NaN, and 0 * NaN is NaN
-            const long long end = first_not_below(cells, begin, i, n, row_end);
+            const long long end = end_of_cells(cells, begin, i, n, row_end);
             for (long long j = i; j < end; ++j)
                 PARALLEL(h, high - low) hidden_gradient[j * features + low + h] = Real(0);
             continue;
         }
         const long long start = first_label(of, spans, at.frame);
-        const long long end = first_not_below(cells, begin, i, n, row_begin + end_label(of, spans, at.frame) - start);
+        const long long end = end_of_cells(cells, begin, i, n, row_begin + end_label(of, spans, at.frame) - start);
         const In* const e = encoder + of.encoder * encoder_by_utterance + at.frame * encoder_by_frame;
         const In* const p = predictor + of.index * predictor_by_utterance;
         const long long row = gradient_frames ? of.encoder * gradient_frames : of.rows;

@@ -13,14 +13,9 @@ KERNEL output_layer_targets(long long count, const Utterance* utterances, const 
         const int* const sorted = ids + of.index * ids_by_utterance;
         PARALLEL(u, columns) {
             const long long target = target_of(of, targets, wide_targets, targets_by_utterance, targets_by_label, u);
-            long long low = 1, high = slots;  // the first slot from 1 on whose class is not below the label
-            while (low < high) {
-                const long long middle = (low + high) / 2;
-                if (sorted[middle] < target) low = middle + 1;
-                else high = middle;
-            }
-            const bool there = low < slots && sorted[low] == target;
-            found[of.index * columns + u] = target == sorted[0] && u < of.labels ? 0 : there ? (int)low : -1;
+            const long long slot = first_not_below(sorted, 1, slots, target);
+            const bool there = slot < slots && sorted[slot] == target;
+            found[of.index * columns + u] = target == sorted[0] && u < of.labels ? 0 : there ? (int)slot : -1;
         }
     }
 }

@@ -125,6 +125,16 @@ template <typename Real> DEVICE bool is_nan(Real x) { return !(x == x); }
 template <typename T> DEVICE T smaller(T a, T b) { return b < a ? b : a; }
 template <typename T> DEVICE T larger(T a, T b) { return b > a ? b : a; }
 
+// The first of places [low, high) of rising `values` that is not below `wanted`, or high.
+template <typename T> DEVICE long long first_not_below(const T* values, long long low, long long high, long long wanted) {
+    while (low < high) {
+        const long long middle = (low + high) / 2;
+        if (values[middle] < wanted) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
 DEVICE float load(const float* p) { return *p; }
 DEVICE double load(const double* p) { return *p; }
 DEVICE float load(const bfloat16* p) { return float_of((unsigned int)p->bits << 16); }

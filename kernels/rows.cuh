@@ -57,15 +57,15 @@ template <int N, typename T> DEVICE void store_packet(T* p, const Packet<T, N>& 
 #endif
 }
 
-template <typename T> struct Plain { typedef T type; };
-template <typename T> struct Plain<const T> { typedef T type; };
+template <typename T> struct WithoutConst { typedef T type; };
+template <typename T> struct WithoutConst<const T> { typedef T type; };
 
 // What this thread has of a row that lies dense: packets, in batches of which all are loaded before the first is needed, and at
 // the row's edges, where no packet of `out` begins, one number. With as many threads that one batch each is all, a row is read
 // once. `in` may be the row that `out` is.
 template <typename In, typename Out = In> struct InPackets {
     typedef typename In::Real Real;
-    typedef typename Plain<typename In::Element>::type Element;
+    typedef typename WithoutConst<typename In::Element>::type Element;
     typedef typename Out::Element Stored;
     static constexpr int N = 16 / (int)(sizeof(Element) > sizeof(Stored) ? sizeof(Element) : sizeof(Stored));
     static constexpr int BATCH = (sizeof(Real) == 4 ? 16 : 2) / N;  // what registers hold beside a float64 exp

@@ -60,7 +60,7 @@ template <typename Real> struct Exponentials { Real base, sum; };
 // Nothing but -inf sums to 0, not to NaN.
 template <typename Real> DEVICE Real base_of(Real highest) { return highest > -infinity<Real>() ? highest : Real(0); }
 
-// Over the block; with `keep` exp(x[v] - base) replaces x[v] (0 or what it was at the omitted class).
+// Over the block; with `keep` exp(x[v] - base) replaces x[v], but for the omitted class, where what remains is nobody's.
 template <typename R> DEVICE Exponentials<typename R::Real> sum_row(const R row, long long classes, long long omitted, bool keep) {
     typedef typename R::Real Real;
     if constexpr (R::in_packets) {
